@@ -1,0 +1,4 @@
+"""Blocks, phases, registered hotkeys, keys and signatures; a simulated chain and Bittensor's.
+
+May import: `config`, `errors`.
+"""

@@ -1,0 +1,38 @@
+"""The command line, one file a command.
+
+Exit status: 0 done, 1 it failed (one clear line on stderr), 2 wrong usage. A command's file imports what it needs
+inside its function, so that `bzstream --help` and `bzstream pull` never pay for another command's libraries.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import typer
+
+from bzstream.errors import BzstreamError
+
+__all__ = ["app", "main"]
+
+COMMANDS = ("publish", "inspect", "serve", "pull", "submit", "bench", "evaluate", "weights", "demo")
+"""In the order of a subnet's day: the file `cli/<name>.py` holds the function `<name>`."""
+
+app = typer.Typer(
+    name="bzstream",
+    help="Hand out a mixture-of-experts model at the speed of the kernel, take in what miners trained, score it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for _name in COMMANDS:
+    app.command(_name)(getattr(importlib.import_module(f"bzstream.cli.{_name}"), _name))
+
+
+def main() -> None:
+    """Run the command line and turn what a person can act on into one line and exit status 1."""
+    try:
+        app()
+    except BzstreamError as error:
+        print(f"bzstream: {error}", file=sys.stderr)
+        sys.exit(1)

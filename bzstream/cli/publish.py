@@ -1,0 +1,7 @@
+"""`bzstream publish`"""
+
+from __future__ import annotations
+
+
+def publish() -> None:
+    raise NotImplementedError

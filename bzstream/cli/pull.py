@@ -1,0 +1,7 @@
+"""`bzstream pull`"""
+
+from __future__ import annotations
+
+
+def pull() -> None:
+    raise NotImplementedError

@@ -1,0 +1,7 @@
+"""`bzstream serve`"""
+
+from __future__ import annotations
+
+
+def serve() -> None:
+    raise NotImplementedError

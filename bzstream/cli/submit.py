@@ -1,0 +1,7 @@
+"""`bzstream submit`"""
+
+from __future__ import annotations
+
+
+def submit() -> None:
+    raise NotImplementedError

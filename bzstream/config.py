@@ -1,0 +1,312 @@
+"""Every setting: its name, its default, its unit and the reason for the default.
+
+A setting is found in four places, later ones win: the defaults below, a TOML file (`--config bzstream.toml`, one
+table a section), the environment (`BZ_<SECTION>_<NAME>`, such as `BZ_HTTP_PORT=8000`), and flags of the command line.
+Lists are written as JSON in the environment (`BZ_HTTP_TRUSTED_PROXIES='["10.0.0.0/8"]'`). An unknown name, a wrong
+type or a value out of range ends in one sentence that names the setting and the place where it was given.
+
+Secrets never come from a flag: `BZ_AUTH_TOKEN`, `BZ_TOKENS_FILE` and `BZ_LEDGER` (whose URL may hold a password).
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import msgspec
+from msgspec import Meta, Struct
+
+from bzstream.errors import BzstreamError
+
+__all__ = [
+    "AuthSettings",
+    "ChainSettings",
+    "ConfigError",
+    "EvaluationSettings",
+    "HttpSettings",
+    "LedgerSettings",
+    "LogSettings",
+    "MetricsSettings",
+    "NodeSettings",
+    "Settings",
+    "StoreSettings",
+    "SubmitSettings",
+    "load",
+]
+
+Seconds = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=1)]
+Bytes = Annotated[int, Meta(ge=1)]
+Blocks = Annotated[int, Meta(ge=1)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+
+
+class ConfigError(BzstreamError):
+    """A setting is missing, unknown, of the wrong type or out of range; the text names it and where it was given."""
+
+
+class _Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of the sections: immutable, named arguments only, unknown names refused."""
+
+
+class HttpSettings(_Section, frozen=True):
+    """`[http]`: the listener and the limits that keep a hostile client from costing anybody anything."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    workers: Count = 1
+    """Processes that share the port. One worker fills 100 Gbit/s of sendfile on current hardware."""
+    max_head: Bytes = 16 * 1024
+    """Bytes of a request line with its fields. 16 KiB is h11's own default for one incomplete event."""
+    max_fields: Count = 100
+    """Header fields of one request (Apache's default LimitRequestFields is 100)."""
+    head_timeout_s: Seconds = 10.0
+    max_body: Bytes = 64 * 1024
+    body_timeout_s: Seconds = 10.0
+    idle_timeout_s: Seconds = 75.0
+    """Keep-alive without a request (nginx's default keepalive_timeout)."""
+    stall_timeout_s: Seconds = 60.0
+    """A reader that takes no byte for so long is closed (nginx's default send_timeout)."""
+    linger_s: Seconds = 2.0
+    """After an early final answer input is discarded for so long or `linger_bytes`, then closed (RFC 9112 9.6)."""
+    linger_bytes: Bytes = 1024 * 1024
+    max_connections: Count = 10_000
+    """Open connections of one worker."""
+    max_connections_per_caller: Count = 64
+    """Open connections of one caller in one worker: bound or proven hotkey, else peer address (IPv6: its /64)."""
+    quantum: Bytes = 1024 * 1024
+    """Bytes of one sendfile call. One cold call of 1 GiB stalled the loop 172 ms, one of 2 MiB 8 ms."""
+    turn_s: Seconds = 0.004
+    """Seconds that one turn of the event loop spends on sending before it serves accepts and small requests."""
+    drain_s: Seconds = 60.0
+    """After SIGTERM: downloads under way may go on for so long."""
+    tls_cert: str | None = None
+    """PEM chain; with `tls_key` the listener speaks TLS. Both files are loaded again when they change."""
+    tls_key: str | None = None
+    trusted_proxies: tuple[str, ...] = ()
+    """Networks (CIDR) whose X-Forwarded-For names the peer."""
+    backlog: Count = 4096
+    """Connections that the kernel queues before they are accepted (its own cap: net.core.somaxconn)."""
+
+
+class AuthSettings(_Section, frozen=True):
+    """`[auth]`: who may call."""
+
+    token: str | None = None
+    """BZ_AUTH_TOKEN, at least 32 characters: the shared token. `serve` does not start without one."""
+    tokens_file: str | None = None
+    """BZ_TOKENS_FILE: TOML, `"<token>" = "<ss58 hotkey>"`, mode 0600."""
+    trust_claimed_hotkey: bool = False
+    """Let an X-Hotkey claim count as an identity. For closed networks only."""
+    allow_plaintext_tokens: bool = False
+    """Accept bound tokens over plain HTTP on an address that is not loopback."""
+
+
+class NodeSettings(_Section, frozen=True):
+    """`[node]`: who this validator is."""
+
+    hotkey: str | None = None
+    """Public SS58 address of this node: the receiver that a signed-request proof must name."""
+    wallet: str | None = None
+    """Key file or Bittensor wallet (`<wallet>/<hotkey>`) that signs manifests and weights."""
+
+
+class StoreSettings(_Section, frozen=True):
+    """`[store]`: the snapshots."""
+
+    path: str | None = None
+    keep: Count = 3
+    """Published versions that stay on disk."""
+    poll_s: Seconds = 0.25
+    """How often a worker looks for a new snapshot, tokens file or TLS certificate (the contract: within 1 s)."""
+
+
+class ChainSettings(_Section, frozen=True):
+    """`[chain]`: the clock of the subnet and who is registered."""
+
+    file: str | None = None
+    """The simulated chain. Without it `endpoint` and `netuid` name a real one."""
+    endpoint: tuple[str, ...] = ()
+    """WebSocket URLs of Bittensor nodes, tried in turn."""
+    netuid: Annotated[int, Meta(ge=0, le=65535)] | None = None
+    distribute_blocks: Blocks = 20
+    train_blocks: Blocks = 300
+    commit_blocks: Blocks = 20
+    submit_blocks: Blocks = 80
+    block_s: Seconds = 12.0
+    """Seconds a block (Bittensor's finney network)."""
+    stale_s: Seconds = 60.0
+    """A chain state older than this makes /health degraded and /submit answer 503."""
+    metagraph_blocks: Blocks = 10
+    """Blocks between two reads of the metagraph."""
+    step_timeout_s: Seconds = 30.0
+    """Bound on every single wait for the node: the SDK's block stream hangs for ever on some closes."""
+    set_weights: bool = False
+    weights_top_k: Count = 64
+    """Hotkeys that share the weights of a round at the most."""
+
+
+class SubmitSettings(_Section, frozen=True):
+    """`[submit]`: what a submission may look like."""
+
+    max_per_cycle: Count = 3
+    max_url: Count = 2048
+    allow_http: bool = False
+    allow_private_urls: bool = False
+    ports: tuple[Annotated[int, Meta(ge=1, le=65535)], ...] = ()
+    """Ports a checkpoint URL may name; empty: any."""
+    signature_schemes: tuple[Literal["ed25519", "sr25519"], ...] = ("ed25519", "sr25519")
+
+
+class LedgerSettings(_Section, frozen=True):
+    """`[ledger]`: the database of submissions and chain state."""
+
+    url: str | None = None
+    """BZ_LEDGER or `--ledger FILE`: a file for SQLite, or postgresql://user:password@host/db. Default: ledger.sqlite
+    inside the store."""
+    poll_s: Seconds = 0.2
+    """How often a worker reads the chain state."""
+
+
+class EvaluationSettings(_Section, frozen=True):
+    """`[evaluation]`: how checkpoints are fetched and scored."""
+
+    enabled: bool = True
+    data: str | None = None
+    """Tokens file (.npy, .bin, .safetensors), text file or folder, or a Hugging Face dataset name."""
+    model: str | None = None
+    """`module:function` that builds the model from the snapshot's config; default: transformers by its config."""
+    device: str | None = None
+    """Torch device; default: one evaluator per GPU, else `cpu`."""
+    windows: Count = 64
+    """Windows of tokens a score is the mean of."""
+    window_tokens: Annotated[int, Meta(ge=2)] = 1024
+    batch: Count = 4
+    """Windows a forward pass."""
+    fetch_grace_blocks: Annotated[int, Meta(ge=0)] = 10
+    """Blocks after the submit phase within which a checkpoint must be fetched."""
+    fetch_timeout_s: Seconds = 900.0
+    fetch_stall_s: Seconds = 30.0
+    max_redirects: Annotated[int, Meta(ge=0, le=20)] = 5
+    spool: str | None = None
+    """Folder for fetched checkpoints; default: `spool` inside the store."""
+    spool_bytes: Bytes = 256 * 1024**3
+    read_memory: Bytes = 4 * 1024**3
+    """Address space that the process which reads a hostile file may use beyond the file's own mapping."""
+    read_timeout_s: Seconds = 300.0
+    lease_s: Seconds = 120.0
+    """A claimed job goes back to the queue when its evaluator has not renewed the lease for so long."""
+    copy_distance: Annotated[float, Meta(ge=0)] = 1e-4
+    """Two submissions nearer than this (relative L2 distance of their changes to the baseline) are copies."""
+
+
+class LogSettings(_Section, frozen=True):
+    """`[log]`"""
+
+    json: bool = False
+    level: str = "info"
+
+
+class MetricsSettings(_Section, frozen=True):
+    """`[metrics]`: Prometheus text on a listener of its own."""
+
+    host: str = "127.0.0.1"
+    port: Port | None = None
+    """None: no metrics listener. 0: any free port, written to the log."""
+
+
+class Settings(_Section, frozen=True):
+    """All sections."""
+
+    http: HttpSettings = HttpSettings()
+    auth: AuthSettings = AuthSettings()
+    node: NodeSettings = NodeSettings()
+    store: StoreSettings = StoreSettings()
+    chain: ChainSettings = ChainSettings()
+    submit: SubmitSettings = SubmitSettings()
+    ledger: LedgerSettings = LedgerSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    log: LogSettings = LogSettings()
+    metrics: MetricsSettings = MetricsSettings()
+
+
+_ALIASES = {"BZ_TOKENS_FILE": ("auth", "tokens_file"), "BZ_LEDGER": ("ledger", "url")}
+"""Environment names of the contract that do not follow BZ_<SECTION>_<NAME>."""
+
+_NOT_SETTINGS = ("BZ_TEST_",)
+"""Prefixes of environment variables that are not settings: the test suite's own switches."""
+
+
+def load(
+    *,
+    file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, object] | None = None,
+) -> Settings:
+    """The settings from a TOML file, the environment and flags, in rising precedence.
+
+    `flags` maps `"section.name"` to a value; a value of None means that the flag was not given.
+    Raises ConfigError with one sentence that names the setting and where it came from.
+    """
+    values: dict[str, dict[str, Any]] = {}
+    if file is not None:
+        for (section, name), value in _from_toml(file):
+            _put(values, section, name, value, f"in {file}", text=False)
+    for variable, value in sorted((environment or {}).items()):
+        if variable.startswith("BZ_") and not variable.startswith(_NOT_SETTINGS):
+            section, name = _ALIASES.get(variable) or _split(variable)
+            _put(values, section, name, value, f"in the environment ({variable})", text=True)
+    for flag, flag_value in (flags or {}).items():
+        if flag_value is not None:
+            section, name = flag.split(".")
+            _put(values, section, name, flag_value, f"on the command line ({flag})", text=False)
+    return msgspec.convert(values, Settings)
+
+
+def _sections() -> dict[str, type[_Section]]:
+    return {field.name: field.type for field in msgspec.structs.fields(Settings)}
+
+
+def _from_toml(file: Path) -> list[tuple[tuple[str, str], object]]:
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"the settings file {file} cannot be read: {error.strerror}; check --config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the settings file {file} is not valid TOML: {error}") from None
+    found: list[tuple[tuple[str, str], object]] = []
+    for section, table in document.items():
+        if not isinstance(table, dict):
+            known = ", ".join(f"[{name}]" for name in _sections())
+            raise ConfigError(f"{section!r} in {file} stands in no table; put it under one of {known}")
+        found += [((section, name), value) for name, value in table.items()]
+    return found
+
+
+def _split(variable: str) -> tuple[str, str]:
+    section, _, name = variable.removeprefix("BZ_").lower().partition("_")
+    return section, name
+
+
+def _put(values: dict[str, dict[str, Any]], section: str, name: str, value: object, place: str, *, text: bool) -> None:
+    """Check one setting on its own, so that the error can say where it was given, and put it among the values."""
+    sections = _sections()
+    if section not in sections:
+        raise ConfigError(f"there is no section {section!r}, given {place}; the sections are {', '.join(sections)}")
+    kind = sections[section]
+    hints = get_type_hints(kind, include_extras=True)
+    fields = [field.name for field in msgspec.structs.fields(kind)]
+    if name not in fields:
+        raise ConfigError(f"there is no setting {section}.{name}, given {place}; [{section}] has {', '.join(fields)}")
+    secret = (section, name) in {("auth", "token"), ("ledger", "url")}
+    try:
+        if text and str(hints[name]).startswith("tuple"):
+            value = json.loads(str(value))
+        checked = msgspec.convert(value, hints[name], strict=not text)
+    except (msgspec.ValidationError, json.JSONDecodeError) as error:
+        shown = "" if secret else f" (it is {value!r})"
+        raise ConfigError(f"{section}.{name}, given {place}, is not usable{shown}: {error}") from None
+    values.setdefault(section, {})[name] = checked

@@ -1,0 +1,166 @@
+"""Extent and Payload: the one value that the model makes and the HTTP core sends.
+
+A payload is a run of bytes that is never assembled. Its parts are short byte strings (an envelope, a safetensors
+head, a multipart boundary) and *extents*, ranges of unit files that the kernel sends from its page cache by itself.
+The full model of the mission is one payload of some 12,000 extents; a ranged request for it must not copy that list,
+so a slice is a window over the same parts and costs O(1), and finding the part at a position costs O(log parts).
+
+Unit files are opened and mapped once and counted: whoever keeps a payload across turns of the event loop holds a
+reference (`retain`/`release`), so that a new snapshot never takes a file away from a download under way.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from bisect import bisect_right
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["Extent", "Payload", "UnitFile", "size_of"]
+
+
+class UnitFile:
+    """An immutable file, open and mapped for reading, with a count of its users; closed when the count falls to 0.
+
+    `intact()` is the cheap test before each download that the file is still the one that was opened; a sender that
+    finds the file short (sendfile returned 0) sets `broken`, after which nobody serves from it again.
+
+    Raises OSError from the constructor when the file cannot be opened or mapped.
+    """
+
+    __slots__ = ("_references", "_stamp", "broken", "fd", "map", "path", "size")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            status = os.fstat(self.fd)
+            self.size = status.st_size
+            # mmap refuses a length of 0; an empty file simply has no map.
+            self.map = mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ) if self.size else None
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self._stamp = (status.st_size, status.st_mtime_ns)
+        self._references = 1
+        self.broken = False
+
+    def intact(self) -> bool:
+        """Whether size and modification time are still what they were at opening (one fstat, about 1 µs)."""
+        if not self.broken:
+            status = os.fstat(self.fd)
+            self.broken = (status.st_size, status.st_mtime_ns) != self._stamp
+        return not self.broken
+
+    def retain(self) -> None:
+        """Count one more user. The caller must already hold, or be lent, a reference."""
+        assert self._references > 0, "a closed unit file was retained"
+        self._references += 1
+
+    def release(self) -> None:
+        """Give one reference back; the last one unmaps and closes the file."""
+        assert self._references > 0, "a unit file was released more often than retained"
+        self._references -= 1
+        if self._references == 0:
+            if self.map is not None:
+                self.map.close()
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Extent(NamedTuple):
+    """`length` bytes of `file` from `offset`; the range lies inside the file as it was when opened."""
+
+    file: UnitFile
+    offset: int
+    length: int
+
+
+def size_of(part: bytes | Extent) -> int:
+    """Bytes in one part. (`len` of an Extent is the number of its fields.)"""
+    return part.length if isinstance(part, Extent) else len(part)
+
+
+class Payload:
+    """An immutable sequence of bytes made of `bytes` and `Extent` parts: `len(payload)`, `payload[a:b]`, iteration.
+
+    A slice has step 1, follows Python's slice rules and shares the parts of the payload it was cut from.
+    """
+
+    __slots__ = ("_ends", "_parts", "_start", "_stop", "files")
+
+    def __init__(self, parts: tuple[bytes | Extent, ...]) -> None:
+        self._parts = tuple(p for p in parts if size_of(p))
+        self._ends = list(accumulate(size_of(p) for p in self._parts))
+        self._start = 0
+        self._stop = self._ends[-1] if self._ends else 0
+        self.files: tuple[UnitFile, ...] = tuple(dict.fromkeys(p.file for p in self._parts if isinstance(p, Extent)))
+        """Every file that the parts (of the payload that this one was cut from) lie in, once each."""
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def __getitem__(self, window: slice) -> Payload:
+        start, stop, step = window.indices(len(self))
+        if step != 1:
+            raise ValueError("a payload is sliced with step 1")
+        cut = Payload.__new__(Payload)
+        cut._parts, cut._ends, cut.files = self._parts, self._ends, self.files
+        cut._start = self._start + start
+        cut._stop = self._start + max(start, stop)
+        return cut
+
+    def at(self, position: int) -> bytes | Extent:
+        """The rest of the part that holds byte `position`, cut at the payload's end. O(log parts).
+
+        Raises IndexError when `position` is not in [0, len(self)).
+        """
+        where = self._start + position
+        if position < 0 or where >= self._stop:
+            raise IndexError("position is outside the payload")
+        index = bisect_right(self._ends, where)
+        part = self._parts[index]
+        end = self._ends[index]
+        stop = min(end, self._stop)
+        if isinstance(part, Extent):
+            begin = end - part.length
+            return Extent(part.file, part.offset + where - begin, stop - where)
+        begin = end - len(part)
+        return part[where - begin : stop - begin]
+
+    def __iter__(self) -> Iterator[bytes | Extent]:
+        position, length = 0, len(self)
+        while position < length:
+            part = self.at(position)
+            position += size_of(part)
+            yield part
+
+    def __add__(self, other: Payload) -> Payload:
+        return Payload((*self, *other))
+
+    def intact(self) -> bool:
+        """Whether every file behind the payload is still the one that was opened."""
+        return all(file.intact() for file in self.files)
+
+    def retain(self) -> None:
+        """Hold every file behind the payload; pair each call with one `release`."""
+        for file in self.files:
+            file.retain()
+
+    def release(self) -> None:
+        for file in self.files:
+            file.release()
+
+    def read(self) -> bytes:
+        """All bytes, copied into memory: for heads, tests and small payloads."""
+        pieces: list[bytes] = []
+        for part in self:
+            if isinstance(part, Extent):
+                # pread, not the map: touching a mapped page of a file that was cut is a SIGBUS.
+                pieces.append(os.pread(part.file.fd, part.length, part.offset))
+            else:
+                pieces.append(part)
+        return b"".join(pieces)
