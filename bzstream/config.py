@@ -207,7 +207,7 @@ class LogSettings(_Section, frozen=True):
     """`[log]`"""
 
     json: bool = False
-    level: str = "info"
+    level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 class MetricsSettings(_Section, frozen=True):

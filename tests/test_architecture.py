@@ -18,6 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "tensorfile": {"errors"},
     "config": {"errors"},
+    "logs": {"config"},
     "http": LEAVES,
     "model": LEAVES,
     "chain": {"config", "errors"},
@@ -25,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "client": LEAVES | {"chain"},
     "evaluation": LEAVES | {"model", "submissions", "chain", "client"},
     "api": LEAVES | {"http", "model", "chain", "submissions"},
-    "node": LEAVES | {"api", "http", "model", "chain", "submissions", "evaluation"},
+    "node": LEAVES | {"api", "http", "model", "chain", "submissions", "evaluation", "logs"},
 }
 """Room -> rooms it may import. `cli` and the package's own front door may import any."""
 

@@ -1,0 +1,143 @@
+"""The JSON bodies that the node answers with, as types: what is sent is encoded from them, what OpenAPI says is made
+from them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+__all__ = [
+    "Accepted",
+    "ErrorBody",
+    "Health",
+    "Manifest",
+    "ModelIndex",
+    "ScoreRow",
+    "Scores",
+    "SubmissionBody",
+    "SubmissionStatus",
+    "UnitEntry",
+    "VersionEntry",
+]
+
+Hotkey = Annotated[
+    str, Meta(description="SS58 address, prefix 42", examples=["5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"])
+]
+ContentHash = Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}$")]
+ModelVersion = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Natural = Annotated[int, Meta(ge=0)]
+Phase = Literal["distribute", "train", "commit", "submit"]
+Status = Literal["queued", "fetching", "verifying", "evaluating", "scored", "rejected", "failed"]
+
+
+class ErrorBody(Struct, frozen=True):
+    """Every answer of status 400 and above."""
+
+    detail: Annotated[str, Meta(description="A sentence for a person")]
+    code: Annotated[str, Meta(pattern=r"^[a-z0-9_]+$", description="For a program")]
+
+
+class Health(Struct, frozen=True, omit_defaults=False):
+    """GET /health."""
+
+    status: Literal["healthy", "starting", "degraded", "draining"]
+    model_loaded: bool
+    current_block: Natural
+    phase: Phase
+    reasons: Annotated[list[str], Meta(description="Why the status is not healthy, one sentence each")]
+    chain_age_s: Annotated[float | None, Meta(description="Seconds since the chain was last heard of")]
+
+
+class Manifest(Struct, frozen=True):
+    """GET /model/{partial,shared,full}/manifest."""
+
+    unit: Literal["partial", "shared", "full"]
+    expert_group: Natural | None
+    block_number: Natural
+    model_version: ModelVersion
+    content_hash: ContentHash
+    payload_offset: Natural
+    size: Natural
+    chunk_size: Annotated[int, Meta(ge=1)]
+    chunk_hash: Literal["blake3"]
+    chunks: list[Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]]
+    validator_hotkey: Hotkey | None
+    signature: str | None
+
+
+class UnitEntry(Struct, frozen=True):
+    """One unit of one version. `etag_enveloped` is null for the full model, which has no envelope."""
+
+    unit: Literal["partial", "shared", "full"]
+    expert_group: Natural | None
+    size: Annotated[int, Meta(ge=0, description="Payload bytes")]
+    content_hash: ContentHash
+    etag: str
+    etag_enveloped: str | None
+
+
+class VersionEntry(Struct, frozen=True):
+    model_version: ModelVersion
+    block_number: Natural
+    published_at: Annotated[str, Meta(description="RFC 3339, UTC")]
+    units: list[UnitEntry]
+
+
+class ModelIndex(Struct, frozen=True):
+    """GET /model: what is served, newest first in `versions`."""
+
+    current: ModelVersion
+    versions: list[VersionEntry]
+
+
+class SubmissionBody(Struct, frozen=True):
+    """POST /submit. Unknown fields are ignored."""
+
+    hotkey: Hotkey
+    expert_group: Annotated[int, Meta(ge=0, le=999_999_999)]
+    checkpoint_url: str
+    block_number: Natural
+    signature: Annotated[str, Meta(description="URL-safe base64 of 64 bytes, over the canonical JSON of the others")]
+    checkpoint_hash: ContentHash | None = None
+
+
+class Accepted(Struct, frozen=True):
+    """202: the submission is on disk."""
+
+    status: Literal["accepted"]
+    submission_id: str
+    evaluation_eta_blocks: Annotated[int, Meta(ge=1)]
+
+
+class SubmissionStatus(Struct, frozen=True):
+    """GET /submissions/{submission_id}."""
+
+    submission_id: str
+    hotkey: Hotkey
+    expert_group: Natural
+    block_number: Natural
+    status: Status
+    reason: str | None
+    baseline_loss: float | None
+    loss: float | None
+    score: float | None
+    received_at: str
+    finished_at: str | None
+
+
+class ScoreRow(Struct, frozen=True):
+    hotkey: Hotkey
+    expert_group: Natural
+    submission_id: str
+    status: Status
+    reason: str | None
+    score: float | None
+
+
+class Scores(Struct, frozen=True):
+    """GET /scores: one round."""
+
+    round: Natural
+    model_version: ModelVersion | None
+    results: list[ScoreRow]
