@@ -1,4 +1,26 @@
 """HTTP/1.1 on raw sockets: h11 state machine, router, ranges, zero-copy send. Knows nothing of models or chains.
 
-May import: `payload`, `config`, `errors`.
+An application hands the `Server` an object with `admit` (the head is judged) that returns an `Endpoint` (whose
+`handle` makes a `Response` or a `Representation`); `Router` finds endpoints by path. May import: `payload`, `config`,
+`errors`.
 """
+
+from bzstream.http.messages import Endpoint, Fields, Headers, HttpError, Representation, Request, Response, Result
+from bzstream.http.observer import Application, Observer, RequestRecord, SilentObserver
+from bzstream.http.router import Router
+
+__all__ = [
+    "Application",
+    "Endpoint",
+    "Fields",
+    "Headers",
+    "HttpError",
+    "Observer",
+    "Representation",
+    "Request",
+    "RequestRecord",
+    "Response",
+    "Result",
+    "Router",
+    "SilentObserver",
+]
