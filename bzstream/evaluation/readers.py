@@ -1,0 +1,153 @@
+"""Is this file exactly the group's slice? The checks that a miner's file must pass, as functions over `pread`.
+
+Two formats, one answer. A `.safetensors` head (strict parser in `bzstream.tensorfile`) and a `.pt` file
+(`ptfile.py`) both come down to byte ranges; a file is what its first bytes say, whatever its URL ends with. The ranges
+are held against what was published: the same names, no more and no fewer; the published dtype or an allowed cast to
+it; the same shapes; and every value finite *after* the cast, for 1e39 is a fine float32 and an infinite bfloat16.
+
+Whether a value is finite is asked of its bits: with the sign cleared, the bits of an IEEE number grow with its
+magnitude, and from some pattern on they mean infinity or NaN. So one AND and one maximum over integers decides for
+every dtype and cast, without a float operation and at the speed of memory.
+
+Nothing here maps the file: `pread` into one buffer cannot raise SIGBUS and keeps the reader's memory at 1 MiB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import NamedTuple
+
+import numpy as np
+
+from bzstream.evaluation.codes import EvaluationError, Refusal
+from bzstream.evaluation.ptfile import ITEM_SIZES, Stored, is_zip, read_pt
+from bzstream.tensorfile import MAX_HEAD, Head, TensorFileError, head_size, parse_head
+
+__all__ = ["CASTS", "Wanted", "allowed_dtypes", "check_finite", "largest_file", "survey", "wanted_of"]
+
+Pread = Callable[[int, int], bytes]
+"""`pread(length, offset)`: up to `length` bytes of the file from `offset`."""
+
+
+class Wanted(NamedTuple):
+    """One tensor of a published slice."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the published dtype."""
+        return prod(self.shape) * ITEM_SIZES[self.dtype]
+
+
+_FIRST_BAD: Mapping[tuple[str, str], int] = {
+    ("F32", "F32"): 0x7F80_0000,  # infinity
+    ("F32", "BF16"): 0x7F7F_8000,  # halfway between the largest bfloat16 (0x7F7F) and 2^128: rounds to infinity
+    ("F32", "F16"): 0x477F_F000,  # 65520, halfway between the largest float16 (65504) and 2^16
+    ("BF16", "BF16"): 0x7F80,
+    ("BF16", "F32"): 0x7F80,
+    ("BF16", "F16"): 0x4780,  # 2^16; the bfloat16 below it, 65280, fits
+    ("F16", "F16"): 0x7C00,
+    ("F16", "F32"): 0x7C00,
+    ("F16", "BF16"): 0x7C00,
+    ("F64", "F64"): 0x7FF0_0000_0000_0000,
+    ("F8_E4M3", "F8_E4M3"): 0x7F,  # no infinity; all ones is NaN
+    ("F8_E5M2", "F8_E5M2"): 0x7C,
+}
+"""(dtype in the file, published dtype) -> the smallest magnitude bits that are not finite once cast (round to nearest,
+ties to even)."""
+
+_EXACT = ("U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64")
+"""Published dtypes that have no infinities and take no cast."""
+
+CASTS: Mapping[str, tuple[str, ...]] = {
+    **{published: tuple(f for f, p in _FIRST_BAD if p == published) for _, published in _FIRST_BAD},
+    **{dtype: (dtype,) for dtype in _EXACT},
+}
+"""Published dtype -> dtypes a submission may use for it. float32, bfloat16 and float16 are cast to each other."""
+
+_CHUNK = 1024 * 1024
+
+
+def allowed_dtypes(published: str) -> tuple[str, ...]:
+    """What a submission may use for a tensor published in that dtype. Raises EvaluationError for an odd one."""
+    if published not in CASTS:
+        raise EvaluationError(f"tensors of dtype {published} cannot be evaluated; publish {', '.join(sorted(CASTS))}")
+    return CASTS[published]
+
+
+def wanted_of(head: Head) -> tuple[Wanted, ...]:
+    """What a submission for a slice must hold, from the published slice's own head."""
+    for tensor in head.tensors:
+        allowed_dtypes(tensor.dtype)
+    return tuple(Wanted(t.name, t.dtype, t.shape) for t in head.tensors)
+
+
+def largest_file(wanted: Sequence[Wanted]) -> int:
+    """Bytes of the largest honest file: every tensor in its widest allowed dtype, and room for heads."""
+    widest = (prod(w.shape) * max(ITEM_SIZES[d] for d in allowed_dtypes(w.dtype)) for w in wanted)
+    return sum(widest) + _max_head(wanted) + 4096 * len(wanted)
+
+
+def survey(pread: Pread, size: int, wanted: Sequence[Wanted]) -> list[Stored]:
+    """Where each wanted tensor lies in the file, in the order of `wanted`.
+
+    Raises Refusal: `not_safetensors_or_pt`, `unsafe_pickle`, `bad_layout`, `wrong_keys`, `wrong_dtype`, `wrong_shape`.
+    """
+    start = pread(8, 0)
+    found = read_pt(pread, size, max_tensors=len(wanted)) if is_zip(start) else _safetensors(pread, start, size, wanted)
+    by_name = {stored.name: stored for stored in found}
+    if len(by_name) != len(wanted) or any(w.name not in by_name for w in wanted):
+        missing = [w.name for w in wanted if w.name not in by_name]
+        known = {w.name for w in wanted}
+        extra = [name for name in by_name if name not in known]
+        # The file's own names are shown escaped and cut: they end in a log and on a person's terminal.
+        what = f"{missing[0]!r} is missing" if missing else f"{extra[0][:120]!a} does not belong to it"
+        raise Refusal("wrong_keys", f"the tensors are not exactly those of the group's slice: {what}")
+    for w in wanted:
+        stored = by_name[w.name]
+        if stored.dtype not in allowed_dtypes(w.dtype):
+            allowed = " or ".join(allowed_dtypes(w.dtype))
+            raise Refusal("wrong_dtype", f"{w.name!r} is {stored.dtype}; it must be {allowed}")
+        if stored.shape != w.shape:
+            raise Refusal("wrong_shape", f"{w.name!r} has shape {list(stored.shape)[:8]}, not {list(w.shape)}")
+    return [by_name[w.name] for w in wanted]
+
+
+def _safetensors(pread: Pread, start: bytes, size: int, wanted: Sequence[Wanted]) -> list[Stored]:
+    limit = _max_head(wanted)
+    try:
+        head = parse_head(pread(head_size(start, size, max_head=limit), 0), size, max_head=limit)
+    except TensorFileError as error:
+        raise Refusal("not_safetensors_or_pt", f"the file is not valid safetensors: {error}") from None
+    return [Stored(t.name, t.dtype, t.shape, head.data_start + t.start, t.end - t.start) for t in head.tensors]
+
+
+def _max_head(wanted: Sequence[Wanted]) -> int:
+    """1 MiB, or more only when the published names themselves need more (256 bytes hold an entry without its name)."""
+    return max(MAX_HEAD, sum(256 + 2 * len(w.name) for w in wanted))
+
+
+def check_finite(pread: Pread, stored: Stored, published: str) -> None:
+    """Raises Refusal `non_finite` when a value of the tensor is not finite once cast to `published`."""
+    limit = _FIRST_BAD.get((stored.dtype, published))
+    if limit is None:
+        return
+    width = ITEM_SIZES[stored.dtype]
+    magnitude = (1 << (8 * width - 1)) - 1
+    kind = np.dtype(f"<u{width}")
+    scratch = np.empty(_CHUNK // width, kind)
+    done = 0
+    while done < stored.nbytes:
+        raw = pread(min(_CHUNK, stored.nbytes - done), stored.offset + done)
+        if not raw or len(raw) % width:
+            raise Refusal("truncated", f"{stored.name!r} is cut short")
+        bits = np.frombuffer(raw, kind)
+        masked = np.bitwise_and(bits, kind.type(magnitude), out=scratch[: len(bits)])
+        if int(masked.max()) >= limit:
+            index = done // width + int(np.argmax(masked >= limit))
+            raise Refusal("non_finite", f"{stored.name!r} holds a value that is not finite in {published}, at {index}")
+        done += len(raw)
