@@ -38,15 +38,15 @@ class ErrorBody(Struct, frozen=True):
     code: Annotated[str, Meta(pattern=r"^[a-z0-9_]+$", description="For a program")]
 
 
-class Health(Struct, frozen=True, omit_defaults=False):
-    """GET /health."""
+class Health(Struct, frozen=True, omit_defaults=True):
+    """GET /health: the four members of the specification; two more appear when something is wrong."""
 
     status: Literal["healthy", "starting", "degraded", "draining"]
     model_loaded: bool
     current_block: Natural
     phase: Phase
-    reasons: Annotated[list[str], Meta(description="Why the status is not healthy, one sentence each")]
-    chain_age_s: Annotated[float | None, Meta(description="Seconds since the chain was last heard of")]
+    reasons: Annotated[list[str], Meta(description="Why the status is not healthy, one sentence each")] = []
+    chain_age_s: Annotated[float | None, Meta(description="Seconds since the chain was last heard of")] = None
 
 
 class Manifest(Struct, frozen=True):

@@ -17,7 +17,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
-from bzstream.chain import InvalidHotkey, decode_hotkey
+from bzstream.chain.keys import InvalidHotkey, decode_hotkey
 from bzstream.errors import BzstreamError
 
 __all__ = ["MIN_SHARED_TOKEN", "TokenError", "Tokens", "TokensFile", "check_shared_token"]

@@ -1,0 +1,47 @@
+"""What one HTTP worker knows at this moment; the endpoints answer from it without waiting for anything.
+
+The worker's pollers (`worker.py`) put new values in; endpoints only read. Downloads of slices and shared tensors need
+`library` alone: they go on while the chain and the ledger are away.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from bzstream.api.tokens import TokensFile
+from bzstream.chain.clock import Cycle
+from bzstream.chain.proofs import NonceCache
+from bzstream.chain.state import ChainState
+from bzstream.config import Settings
+from bzstream.model import Library
+from bzstream.submissions import Ledger
+
+__all__ = ["View"]
+
+
+@dataclass(slots=True)
+class View:
+    """Mutable, owned by the worker's event loop."""
+
+    settings: Settings
+    library: Library
+    tokens: TokensFile
+    ledger: Ledger | None
+    """None until the ledger could be opened; only /submit, /submissions and /scores need it."""
+    loopback: bool
+    """Whether the listener's own address is a loopback one: nothing crosses a network in clear."""
+    chain: ChainState | None = None
+    evaluator_seen: float | None = None
+    """Epoch seconds at which an evaluator last said that it lives; None: never."""
+    draining: bool = False
+    nonces: NonceCache = field(default_factory=NonceCache)
+
+    @property
+    def cycle(self) -> Cycle:
+        return Cycle.of(self.settings.chain)
+
+    def fresh_chain(self) -> ChainState | None:
+        """The chain state, unless it is unknown or older than `chain.stale_s`."""
+        state = self.chain
+        return state if state is not None and state.age(time.time()) <= self.settings.chain.stale_s else None

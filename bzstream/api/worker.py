@@ -1,0 +1,119 @@
+"""One HTTP worker process: the server, the application, and the pollers that keep its view of the world fresh.
+
+Nothing a poller waits for can hold up a download: snapshots and the ledger are read on threads, and what they found is
+put in place on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from ipaddress import ip_address
+from pathlib import Path
+
+import structlog
+
+from bzstream.api.app import Api
+from bzstream.api.metrics import CHAIN_AGE, CONNECTIONS, DOWNLOADS, SNAPSHOT_BLOCK, SNAPSHOT_TIME, Telemetry
+from bzstream.api.tokens import TokensFile, check_shared_token
+from bzstream.api.view import View
+from bzstream.config import Settings
+from bzstream.errors import BzstreamError
+from bzstream.http import Server
+from bzstream.model import Library
+from bzstream.submissions import Ledger
+
+__all__ = ["run"]
+
+log = structlog.get_logger("worker")
+
+
+async def run(
+    settings: Settings, listener: socket.socket, stop: asyncio.Event, changes: asyncio.Queue[Settings]
+) -> None:
+    """Serve `listener` until `stop`, then drain. `changes` brings settings that were read again.
+
+    Raises BzstreamError when the worker cannot start.
+    """
+    assert settings.store.path is not None
+    shared = check_shared_token(settings.auth.token)
+    tokens_file = Path(settings.auth.tokens_file) if settings.auth.tokens_file else None
+    view = View(
+        settings=settings,
+        library=Library(Path(settings.store.path)),
+        tokens=TokensFile(shared, tokens_file),
+        ledger=None,
+        loopback=ip_address(listener.getsockname()[0]).is_loopback,
+    )
+    server = Server(settings.http, Api(view), Telemetry())
+    poll = settings.store.poll_s
+    await _refresh_library(view)
+    await server.start([listener])
+    pollers = [
+        asyncio.create_task(_every(poll, lambda: _refresh_library(view))),
+        asyncio.create_task(_every(poll, lambda: _refresh_files(view, server))),
+        asyncio.create_task(_every(settings.ledger.poll_s, lambda: _refresh_chain(view))),
+        asyncio.create_task(_apply(changes, view, server)),
+    ]
+    log.info("ready")
+    try:
+        await stop.wait()
+        view.draining = True
+        await server.drain(settings.http.drain_s)
+    finally:
+        for poller in pollers:
+            poller.cancel()
+        await server.close()
+        if view.ledger is not None:
+            await view.ledger.close()
+
+
+async def _every(seconds: float, step: Callable[[], Awaitable[None]]) -> None:
+    """Run `step` again and again; a failure is logged once until the step works again."""
+    failing = False
+    while True:
+        try:
+            await step()
+            failing = False
+        except (BzstreamError, OSError) as error:
+            if not failing:
+                log.warning("cannot refresh, going on with what is known", reason=str(error))
+            failing = True
+        await asyncio.sleep(seconds)
+
+
+async def _refresh_library(view: View) -> None:
+    if await asyncio.to_thread(view.library.poll):
+        view.library.install()
+        current = view.library.current
+        if current is not None:
+            SNAPSHOT_BLOCK.set(current.block)
+            SNAPSHOT_TIME.set(current.published_at)
+            log.info("snapshot", version=current.version, block=current.block)
+
+
+async def _refresh_files(view: View, server: Server) -> None:
+    DOWNLOADS.set(server.downloads)
+    CONNECTIONS.set(server.connections)
+    if view.tokens.refresh():
+        log.info("tokens file read again")
+
+
+async def _refresh_chain(view: View) -> None:
+    if view.ledger is None:
+        view.ledger = await Ledger.open(view.settings)
+    view.chain = await view.ledger.chain_state()
+    view.evaluator_seen = await view.ledger.evaluator_seen()
+    if view.chain is not None:
+        CHAIN_AGE.set(view.chain.age(time.time()))
+
+
+async def _apply(changes: asyncio.Queue[Settings], view: View, server: Server) -> None:
+    """Put settings that were read again into force, as far as they can change while the worker runs."""
+    while True:
+        settings = await changes.get()
+        view.settings = settings
+        server.settings = settings.http
+        log.info("settings in force")
