@@ -51,7 +51,7 @@ FAILED: dict[str, str] = {
     "fetched_too_late": "No evaluator was free before the round closed, and no `checkpoint_hash` was signed.",
     "version_gone": "The model version that the submission builds on is no longer in the store.",
     "unknown_group": "The model version that the submission builds on has no such expert group.",
-    "no_data": "The evaluation data could not be read, or the spool could not be written.",
+    "spool_error": "The file could not be written to, or read back from, the evaluator's spool.",
     "baseline_not_finite": "The published model itself has a loss that is not finite.",
     "internal_error": "A fault of the evaluator; its log has the details.",
 }

@@ -1,0 +1,156 @@
+"""Where published bytes lie in a model's parameters: the one map behind loading, swapping and restoring.
+
+A snapshot keeps tensors as the checkpoint names and shapes them; the model that is built from its config may hold the
+same numbers otherwise. The differences that exist are few, and each is a rule here:
+
+- fused experts (`…mlp.experts.gate_up_proj`, dimension 0 is the expert): row i of a slice is expert `rows[i]`;
+- single experts (`…experts.7.up_proj.weight`, Mixtral's `w1`, `w3`, `w2`) that the model fuses: gate above up in
+  `gate_up_proj[7]`, down in `down_proj[7]`; a model that keeps single experts takes them as they are;
+- Qwen3-VL-MoE as the hub has it, the last two dimensions swapped against what transformers 5 holds: told apart by the
+  shapes that the config gives; what is square is an error unless `down_proj` settles it (`model.fused_orientation`);
+- everything else goes to the parameter of the same name.
+
+`bind` is pure and works on names and shapes alone. It says for each tensor which rows go where, and fails, naming the
+tensor, rather than guess. `missing` lists the parameters that the bindings leave unfilled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
+from typing import NamedTuple
+
+from bzstream.evaluation.codes import EvaluationError
+from bzstream.evaluation.readers import Wanted
+from bzstream.model.naming import expert_name
+
+__all__ = ["Piece", "bind", "missing"]
+
+
+class Piece(NamedTuple):
+    """A part of a published tensor and the region of a parameter that holds the same numbers."""
+
+    tensor: int
+    """Index into the published tensors."""
+    row: int | None
+    """Row of the published tensor (its dimension 0); None: all of it."""
+    parameter: str
+    expert: int | None
+    """Row of the parameter; None: all of it."""
+    part: tuple[int, int] | None
+    """[start, stop) of the dimension after the expert; None: all of it."""
+    transposed: bool
+    """The last two dimensions are swapped."""
+
+
+_SINGLE = {
+    "gate_proj.weight": ("gate_up_proj", 0),
+    "up_proj.weight": ("gate_up_proj", 1),
+    "down_proj.weight": ("down_proj", None),
+    "w1.weight": ("gate_up_proj", 0),
+    "w3.weight": ("gate_up_proj", 1),
+    "w2.weight": ("down_proj", None),
+}
+"""A single expert's tensor -> the fused parameter and which half of its rows (None: all), as transformers 5 fuses."""
+
+_RENAMES: Sequence[Callable[[str], str]] = (
+    lambda name: name,
+    lambda name: name.replace(".block_sparse_moe.", ".mlp."),  # Mixtral in transformers 5
+)
+
+Shape = tuple[int, ...]
+
+
+def bind(
+    tensors: Sequence[Wanted],
+    parameters: Mapping[str, Shape],
+    *,
+    rows: Mapping[int, Sequence[int]] | None = None,
+    square_is_native: bool = True,
+    ignored: Callable[[str], bool] = lambda name: False,
+) -> list[Piece]:
+    """Every piece of the published `tensors` in the model's `parameters` (name -> shape).
+
+    `rows` maps a layer to the original index of each local row, for a slice; None for the full model. `ignored` says
+    which tensors the model does without. Raises EvaluationError when a tensor has no place or its shape does not fit.
+    """
+    pieces: list[Piece] = []
+    for index, wanted in enumerate(tensors):
+        found = _place(index, wanted, parameters, rows, square_is_native)
+        if found is not None:
+            pieces += found
+        elif not ignored(wanted.name):
+            raise EvaluationError(
+                f"the model built from the config has no place for the published tensor {wanted.name!r} of shape "
+                f"{list(wanted.shape)}; check config.json or set evaluation.model"
+            )
+    return pieces
+
+
+def _place(
+    index: int,
+    wanted: Wanted,
+    parameters: Mapping[str, Shape],
+    rows: Mapping[int, Sequence[int]] | None,
+    square_is_native: bool,
+) -> list[Piece] | None:
+    name = expert_name(wanted.name)
+    if name is None or name.expert is not None:
+        direct = _named(wanted.name, parameters)
+        if direct is not None:
+            return [Piece(index, None, direct, None, None, False)] if parameters[direct] == wanted.shape else None
+    if name is None:
+        return None
+    if name.expert is None:
+        parameter = _named(wanted.name, parameters)
+        return None if parameter is None else _fused(index, wanted, parameter, parameters, rows, square_is_native)
+    fused, half = _SINGLE.get(name.rest, (None, None))
+    parameter = _named(f"{name.block}.{fused}", parameters)
+    if fused is None or parameter is None:
+        return None
+    shape = parameters[parameter]
+    whole = shape[1:] if half is None else (shape[1] // 2, *shape[2:])
+    if wanted.shape != whole or name.expert >= shape[0]:
+        return None
+    part = None if half is None else (half * whole[0], (half + 1) * whole[0])
+    return [Piece(index, None, parameter, name.expert, part, False)]
+
+
+def _fused(
+    index: int,
+    wanted: Wanted,
+    parameter: str,
+    parameters: Mapping[str, Shape],
+    rows: Mapping[int, Sequence[int]] | None,
+    square_is_native: bool,
+) -> list[Piece] | None:
+    name = expert_name(wanted.name)
+    assert name is not None
+    experts, inner = parameters[parameter][0], parameters[parameter][1:]
+    originals = range(experts) if rows is None else rows.get(name.layer, ())
+    if len(originals) != wanted.shape[0] or any(not 0 <= expert < experts for expert in originals):
+        return None
+    if wanted.shape[1:] == inner:
+        transposed = len(inner) == 2 and inner[0] == inner[1] and not square_is_native
+    elif len(inner) == 2 and wanted.shape[1:] == inner[::-1]:
+        transposed = True
+    else:
+        return None
+    return [Piece(index, row, parameter, expert, None, transposed) for row, expert in enumerate(originals)]
+
+
+def _named(name: str, parameters: Mapping[str, Shape]) -> str | None:
+    return next((renamed for rename in _RENAMES if (renamed := rename(name)) in parameters), None)
+
+
+def missing(pieces: Iterable[Piece], parameters: Mapping[str, Shape]) -> list[str]:
+    """Parameters that the pieces do not fill to the last element. (Pieces of one `bind` never overlap.)"""
+    filled = dict.fromkeys(parameters, 0)
+    for piece in pieces:
+        shape = parameters[piece.parameter]
+        if piece.part is not None:
+            start, stop = piece.part
+            filled[piece.parameter] += (stop - start) * prod(shape[2:])
+        else:
+            filled[piece.parameter] += prod(shape if piece.expert is None else shape[1:])
+    return [name for name, shape in parameters.items() if filled[name] != prod(shape)]
