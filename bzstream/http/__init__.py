@@ -8,6 +8,7 @@ An application hands the `Server` an object with `admit` (the head is judged) th
 from bzstream.http.messages import Endpoint, Fields, Headers, HttpError, Representation, Request, Response, Result
 from bzstream.http.observer import Application, Observer, RequestRecord, SilentObserver
 from bzstream.http.router import Router
+from bzstream.http.server import Server, raise_descriptor_limit
 
 __all__ = [
     "Application",
@@ -22,5 +23,7 @@ __all__ = [
     "Response",
     "Result",
     "Router",
+    "Server",
     "SilentObserver",
+    "raise_descriptor_limit",
 ]

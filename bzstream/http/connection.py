@@ -1,0 +1,446 @@
+"""One connection: from bytes to requests, from results to answers.
+
+The engine is `proceed`: it runs through the phases below for as long as there is something to do at once, and returns
+when it needs the peer, the application or the sender. Whoever brings news (the poller, a finished handler, a finished
+transfer, the wheel) notes it and calls `proceed` again. h11 owns framing and the HTTP state machine; it is handed one
+head or one piece of body at a time and, for answers, a body of which it only takes the length.
+
+    HEAD -> BODY -> HANDLING -> SENDING -> HEAD ...        with keep-alive
+                        any -> SENDING -> LINGERING        after the last answer: our side is closed, input discarded
+                        any -> CLOSED                      the peer is gone, silent or too slow
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import errno
+import select as poll
+from collections.abc import Awaitable
+from dataclasses import replace
+from inspect import isawaitable
+from math import inf
+from typing import TYPE_CHECKING
+
+import h11
+
+from bzstream.http import framing
+from bzstream.http.incoming import BodyReader, check_body_head, translate
+from bzstream.http.links import Link
+from bzstream.http.messages import PHRASES, Endpoint, HttpError, Request, Result
+from bzstream.http.observer import RequestRecord
+from bzstream.http.peers import caller_of
+from bzstream.http.selection import Answer, answer_for
+from bzstream.http.sender import Damaged, Transfer, TransferState
+
+if TYPE_CHECKING:
+    from bzstream.http.server import Server
+
+__all__ = ["Connection", "Phase"]
+
+_RECEIVE = 16 * 1024
+"""Bytes of one recv. Whatever is pipelined beyond the current request waits in the kernel, but for this much."""
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+_BEFORE_REFUSAL = frozenset({400, 403})
+"""What an application refuses with before 429 and 503 in the order of checks."""
+_CLIENT_CLOSED = 499
+_OUR_FAULT = frozenset({errno.EIO, errno.EBADF, errno.EINVAL, errno.ENOMEM})
+"""OSErrors of a send that speak of the disk or of us. All others mean that the client is gone."""
+
+
+class Phase(enum.Enum):
+    """See the head of this file."""
+
+    HEAD = enum.auto()
+    BODY = enum.auto()
+    HANDLING = enum.auto()
+    SENDING = enum.auto()
+    LINGERING = enum.auto()
+    CLOSED = enum.auto()
+
+
+class Connection:
+    """A client's connection to the server that it was accepted by."""
+
+    __slots__ = (
+        "_address", "_answer", "_body", "_complete", "_endpoint", "_eof", "_inbox", "_last", "_lead_body", "_lingered",
+        "_link", "_loopback", "_moved", "_parser", "_readable", "_refusal", "_request", "_scanned", "_server", "_started",
+        "_taken", "_task", "_transfer", "deadline", "fd", "phase", "seat", "slot", "surplus",
+    )  # fmt: skip
+
+    def __init__(self, server: Server, link: Link, fd: int, address: str, loopback: bool) -> None:
+        # For as long as the connection lives.
+        self._server = server
+        self._link = link
+        self.fd = fd
+        self._address = address
+        self._loopback = loopback
+        self.phase = Phase.HEAD
+        self.seat: str | None = None
+        """The caller under whose connection limit this one counts; None while it has no seat."""
+        self.surplus = False
+        """Accepted beyond the worker's limit, to be told so."""
+        # What the poller and the wheel know.
+        self._readable = False
+        self._eof = False
+        self.deadline = inf
+        self.slot = 0
+        # Bytes received and not yet used, and how many of them were searched for the end of a head.
+        self._inbox = b""
+        self._scanned = 0
+        # For one request and its answer.
+        self._forget_request()
+        # After the last answer.
+        self._lingered = 0
+        settings = server.settings
+        self._set_deadline(server.clock() + min(settings.head_timeout_s, settings.idle_timeout_s))
+
+    def _forget_request(self) -> None:
+        """The state of a connection between two requests."""
+        self._started = 0.0
+        self._parser: h11.Connection | None = None
+        self._request: Request | None = None
+        self._complete = False
+        self._endpoint: Endpoint | None = None
+        self._refusal: HttpError | None = None
+        self._body: BodyReader | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._answer: Answer | None = None
+        self._last = False
+        self._transfer: Transfer | None = None
+        self._lead_body = 0
+        self._taken = 0
+        self._moved = 0.0
+
+    # What the server calls.
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is under way, not even the first bytes of one."""
+        return self.phase is Phase.HEAD and not self._inbox
+
+    def on_events(self, events: int) -> None:
+        """The poller's news, edge-triggered: said once, then noted here until a recv or send would block."""
+        if events & (poll.EPOLLERR | poll.EPOLLHUP):
+            # Reset, or both sides are closed: nobody is there to read an answer.
+            self.close()
+            return
+        if events & (poll.EPOLLIN | poll.EPOLLRDHUP):
+            self._readable = True
+        if events & poll.EPOLLOUT and self._transfer is not None:
+            self._server.sender.writable(self._transfer)
+        self.proceed()
+
+    def on_deadline(self, now: float) -> None:
+        """The wheel's news: the deadline that was set has passed."""
+        self.deadline = inf
+        if self.phase is Phase.HEAD and self._inbox:
+            self._respond(HttpError(408, "request_timeout", "The request head took too long."))
+        elif self.phase is Phase.BODY:
+            self._respond(HttpError(408, "request_timeout", "The request body took too long."))
+        elif self.phase is Phase.SENDING:
+            self._watch_reader(now)
+        else:
+            self.close()
+
+    def transfer_done(self) -> None:
+        """The sender's news: the whole answer is with the kernel."""
+        self._answered()
+
+    def transfer_failed(self, error: Exception) -> None:
+        """The sender's news: no more of the answer can be sent. What is missing is missing; nothing is made up."""
+        if isinstance(error, Damaged):
+            self._server.observer.on_damage(error.file.path)
+        elif not isinstance(error, OSError) or error.errno in _OUR_FAULT:
+            self._server.observer.on_error(error, self._request)
+        self.close()
+
+    def proceed(self) -> None:
+        """Do what can be done at once."""
+        try:
+            if self.phase is Phase.HEAD:
+                self._read_head()
+            elif self.phase is Phase.BODY:
+                self._read_body()
+            elif self.phase is Phase.LINGERING:
+                self._discard()
+        except OSError:
+            self.close()
+        except Exception as error:
+            self._respond(self._failure(error))
+
+    def close(self, *, reset: bool = False) -> None:
+        """End it here and now, in whatever phase; safe to call twice. `reset`: drop what the kernel still holds."""
+        if self.phase is Phase.CLOSED:
+            return
+        begun, self.phase = self.phase in (Phase.HANDLING, Phase.SENDING), Phase.CLOSED
+        if begun:
+            self._report()
+        if self._transfer is not None:
+            self._server.sender.drop(self._transfer)
+        if self._task is not None and self._request is not None and self._request.method in _SAFE:
+            self._task.cancel()
+        self._forget_request()
+        self._server.forget(self)
+        self._link.close(reset=reset)
+
+    # Reading a request.
+
+    def _fill(self) -> bool:
+        """Receive once into the inbox; False when nothing came."""
+        if not self._readable:
+            return False
+        data = self._link.recv(_RECEIVE)
+        if data:
+            self._inbox += data
+            return True
+        self._readable = False
+        self._eof = data is not None
+        return False
+
+    def _read_head(self) -> None:
+        settings = self._server.settings
+        while True:
+            while self._inbox.startswith(b"\r\n"):
+                # RFC 9112 2.2: empty lines before a request line are a relic, to be ignored.
+                self._inbox, self._scanned = self._inbox[2:], 0
+            if self._inbox and self._inbox != b"\r":
+                if not self._started:
+                    self._started = self._server.clock()
+                    self._set_deadline(self._started + settings.head_timeout_s)
+                end = framing.find_head(self._inbox, self._scanned)
+                if max(end, len(self._inbox) if end < 0 else 0) > settings.max_head:
+                    raise HttpError(431, "head_too_large", f"A request head has at most {settings.max_head} bytes.")
+                if end > 0:
+                    head, self._inbox, self._scanned = self._inbox[:end], self._inbox[end:], 0
+                    self._begin(head)
+                    return
+                self._scanned = len(self._inbox)
+            if not self._fill():
+                break
+        if self._eof:
+            if self._inbox:
+                raise framing.malformed("The connection ended inside a request head.")
+            self.close()
+
+    def _begin(self, head: bytes) -> None:
+        """A head is complete: judge it, and go on to the body or the answer."""
+        server = self._server
+        settings = server.settings
+        framing.check_head(head, settings.max_fields)
+        self._parser = parser = h11.Connection(h11.SERVER, max_incomplete_event_size=settings.max_head)
+        parser.receive_data(head)
+        try:
+            event = parser.next_event()
+            assert isinstance(event, h11.Request)
+            self._complete = isinstance(parser.next_event(), h11.EndOfMessage)
+        except h11.RemoteProtocolError:
+            raise framing.malformed("The request head does not follow HTTP/1.1.") from None
+        request = translate(event, self._address, self._link.secure, self._loopback, server.proxies)
+        self._request = request
+        self._endpoint = server.application.admit(request)
+        if not self._complete:
+            check_body_head(request, parser.their_http_version, settings.max_body)
+        refusal = None if self._endpoint.always else server.refusal(self, request.caller)
+        if refusal is not None and request.method not in _SAFE:
+            raise refusal
+        self._refusal = refusal
+        if self._complete:
+            self._handle()
+            return
+        self.phase = Phase.BODY
+        self._body = BodyReader(parser, settings.max_body, chunked="transfer-encoding" in request.headers)
+        self._set_deadline(server.clock() + settings.body_timeout_s)
+        if parser.they_are_waiting_for_100_continue and not self._inbox:
+            interim = parser.send(h11.InformationalResponse(status_code=100, headers=[], reason="Continue"))
+            if self._link.send(interim or b"", False) != len(interim or b""):
+                raise ConnectionError("no room for the first 25 bytes")
+        self._read_body()
+
+    def _read_body(self) -> None:
+        assert self._body is not None
+        assert self._request is not None
+        assert self._endpoint is not None
+        while True:
+            piece, self._inbox = self._inbox, b""
+            if self._body.feed(piece):
+                break
+            if not self._fill():
+                if self._eof:
+                    raise framing.malformed("The connection ended inside a request body.")
+                return
+        self._inbox = self._body.leftover
+        if self._endpoint.reads_body:
+            self._request.body = bytes(self._body.content)
+        self._body = None
+        self._complete = True
+        self._handle()
+
+    # Making an answer.
+
+    def _handle(self) -> None:
+        assert self._endpoint is not None
+        assert self._request is not None
+        self.phase, self.deadline = Phase.HANDLING, inf
+        result = self._endpoint.handle(self._request)
+        if isawaitable(result):
+            self._task = self._server.spawn(self._wait_for(result))
+        else:
+            self._respond(result)
+
+    async def _wait_for(self, pending: Awaitable[Result]) -> None:
+        """Run a handler. The answer begins in the very step in which it returns, before anything can be released."""
+        result: Result | HttpError
+        try:
+            result = await pending
+        except Exception as error:
+            result = self._failure(error)
+        self._task = None
+        self._respond(result)
+
+    def _failure(self, error: Exception) -> HttpError:
+        """What a client is told of an exception."""
+        if isinstance(error, HttpError):
+            return error
+        self._server.observer.on_error(error, self._request)
+        return HttpError(500, "internal_error", "The server made a mistake, which has been logged.")
+
+    def _respond(self, result: Result | HttpError) -> None:
+        """Turn what became of a request into an answer and begin to send it. Does nothing when one was begun."""
+        if self.phase not in (Phase.HEAD, Phase.BODY, Phase.HANDLING):
+            return
+        refused_before = isinstance(result, HttpError) and result.status in _BEFORE_REFUSAL
+        if self._refusal is not None and self.phase is Phase.HANDLING and not refused_before:
+            result = self._refusal
+        self.phase, self.deadline = Phase.SENDING, inf
+        try:
+            head = self._frame(result)
+        except Exception as error:
+            # A header field that h11 refuses, for one. Nothing of the answer has gone out.
+            head = self._frame(self._failure(error))
+        try:
+            self._begin_sending(head)
+        except OSError:
+            self.close()
+        except Exception as error:
+            self._server.observer.on_error(error, self._request)
+            self.close()
+
+    def _frame(self, result: Result | HttpError) -> bytes:
+        """Make the answer, settle whether it is the connection's last, and return its head."""
+        server, request = self._server, self._request
+        self._answer = answer = answer_for(result, request, server.wall_clock())
+        # h11 frames an error to a request that it never saw as one to HTTP/1.0: with a length, and closing.
+        parser = self._parser = self._parser or h11.Connection(h11.SERVER)
+        fields = [("Date", server.date()), ("Server", "bzstream"), *answer.headers]
+        if answer.length is not None:
+            fields.append(("Content-Length", str(answer.length)))
+        # Input that was not read to its request's end would be taken for the next request.
+        if not self._complete or server.draining or self._refusal is not None:
+            fields.append(("Connection", "close"))
+        response = h11.Response(status_code=answer.status, headers=fields, reason=PHRASES.get(answer.status, ""))
+        head = parser.send(response)
+        assert head is not None
+        if request is not None and request.method == "HEAD":
+            self._answer = answer = replace(answer, body=b"")
+        if len(answer.body):
+            # h11 asks a body for nothing but its length, so that a payload can stand in for its bytes.
+            parser.send_with_data_passthrough(h11.Data(data=answer.body))  # type: ignore[arg-type]
+        parser.send(h11.EndOfMessage())
+        self._last = not self._complete or parser.our_state is h11.MUST_CLOSE
+        return head
+
+    def _begin_sending(self, head: bytes) -> None:
+        """Send a short answer at once; leave a long one, or what there is no room for, to the sender."""
+        assert self._answer is not None
+        server, body = self._server, self._answer.body
+        caller = self._request.caller if self._request is not None else caller_of(self._address)
+        if isinstance(body, bytes):
+            self._lead_body = len(body)
+            lead = head + body
+            taken = self._link.send(lead, False)
+            if taken == len(lead) and self._link.flush():
+                self._answered()
+                return
+            self._transfer = Transfer(self, self._link, caller, lead[taken:], None, server.clock())
+        else:
+            self._transfer = Transfer(self, self._link, caller, head, body, server.clock())
+        self._moved = server.clock()
+        self._set_deadline(self._moved + server.settings.stall_timeout_s)
+        server.sender.begin(self._transfer)
+        server.wake()
+
+    def _answered(self) -> None:
+        """The whole answer is with the kernel: go on to the next request, or to the end."""
+        self._report()
+        last = self._last or self._server.draining
+        self._forget_request()
+        if last:
+            self._link.finish()
+            self.phase = Phase.LINGERING
+            self._inbox = b""
+            self._set_deadline(self._server.clock() + self._server.settings.linger_s)
+        else:
+            self.phase = Phase.HEAD
+            self._set_deadline(self._server.clock() + self._server.settings.idle_timeout_s)
+        # Most clients wait for the answer before they send more; then this finds nothing, and all is said.
+        if self._inbox or self._fill() or self._eof:
+            self._server.resume(self)
+
+    def _report(self) -> None:
+        """Tell the observer of the request that is over."""
+        request, answer, transfer, server = self._request, self._answer, self._transfer, self._server
+        now = server.clock()
+        length = len(answer.body) if answer is not None else 0
+        sent, queued = length, 0.0
+        if transfer is not None:
+            sent = transfer.position + self._lead_body - min(self._lead_body, transfer.lead_left)
+            queued = (transfer.first_sent or now) - transfer.queued
+        server.observer.on_request(
+            RequestRecord(
+                method=request.method if request is not None else "",
+                route=request.route if request is not None else "",
+                label=answer.label if answer is not None else "",
+                status=answer.status if answer is not None else _CLIENT_CLOSED,
+                sent=sent,
+                length=length,
+                seconds=now - (self._started or now),
+                queued=queued,
+                caller=request.caller if request is not None else caller_of(self._address),
+                peer=request.peer if request is not None else self._address,
+            )
+        )
+
+    # Waiting for the peer.
+
+    def _set_deadline(self, deadline: float) -> None:
+        self.deadline = deadline
+        self._server.wheel.arm(self)
+
+    def _watch_reader(self, now: float) -> None:
+        """Close on a reader that took no byte for the stall time-out.
+
+        What was taken is what the kernel was given less what it still holds: a slow reader may keep a full socket
+        unwritable for minutes, and is no stalled one. Time in our own queue, or waiting for our disk, does not count.
+        """
+        assert self._transfer is not None
+        taken = self._transfer.taken - self._link.unsent()
+        if taken != self._taken or self._transfer.state is not TransferState.BLOCKED:
+            self._taken, self._moved = taken, now
+        patience = self._server.settings.stall_timeout_s
+        if now - self._moved >= patience:
+            self.close(reset=True)
+        else:
+            self._set_deadline(min(now + patience / 4, self._moved + patience))
+
+    def _discard(self) -> None:
+        """After the last answer: let the client finish writing and read it, within limits (RFC 9112 9.6)."""
+        while self._fill():
+            self._lingered += len(self._inbox)
+            self._inbox = b""
+            if self._lingered > self._server.settings.linger_bytes:
+                break
+        else:
+            if not self._eof:
+                return
+        self.close()

@@ -1,0 +1,328 @@
+"""The server of one worker: accepts, polls, limits, keeps time, and gives every turn of the loop its order.
+
+All sockets of the worker are in one epoll set of our own, edge-triggered, and that set is the only thing that the event
+loop watches. A connection is registered once in its life, its readiness is news that comes once, and a download that
+fills its socket 3,000 times a second costs no further system call and no object in the loop. It runs on any asyncio
+loop that has `add_reader`; on uvloop for speed.
+
+One turn: take the poller's news; let connections act on it (requests, accepts) for at most `turn_s`; let the sender
+send for at most `turn_s`; if anything is left, ask for another turn and go back to the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import resource
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine
+from ipaddress import ip_address
+
+from bzstream.config import HttpSettings
+from bzstream.http.connection import Connection
+from bzstream.http.dates import format_date
+from bzstream.http.links import Link, PlainLink
+from bzstream.http.messages import HttpError
+from bzstream.http.observer import Application, Observer
+from bzstream.http.peers import TrustedProxies, caller_of, plain_address
+from bzstream.http.readahead import ReadAhead
+from bzstream.http.sender import Sender
+from bzstream.http.wheel import Wheel
+
+__all__ = ["Server", "raise_descriptor_limit"]
+
+_EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+_ACCEPTS = 64
+"""Connections taken from one listener in a row."""
+_BATCH = 256
+"""Events fetched from the kernel at a time."""
+_RESERVE = 256
+"""Connections beyond the limit that are still accepted, to be told 503 in proper form; more are closed unheard."""
+_SHORT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_PAUSE_S = 0.2
+"""Without descriptors or memory for another connection, accepting rests for so long."""
+_HEARTBEAT_S = 0.01
+_OTHER_DESCRIPTORS = 1024
+"""Unit files of the snapshots, databases, pipes."""
+_RETRY_AFTER = (("Retry-After", "1"),)
+
+
+def raise_descriptor_limit(wanted: int) -> int:
+    """Raise RLIMIT_NOFILE towards `wanted` descriptors as far as the hard limit lets; returns what holds now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return soft
+
+
+class Server:
+    """Serves an application on listening sockets that it is given.
+
+    `start` it on a running loop; `await drain()` to end politely; `await close()` to end now. Both give the sockets up.
+    """
+
+    def __init__(
+        self,
+        settings: HttpSettings,
+        application: Application,
+        observer: Observer,
+        *,
+        loop: asyncio.AbstractEventLoop | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Raises ValueError for `trusted_proxies` that are no networks. Without `loop`: the running one."""
+        # What connections use.
+        self.settings = settings
+        self.application = application
+        self.observer = observer
+        self.clock = clock
+        self.proxies = TrustedProxies(settings.trusted_proxies)
+        self.draining = False
+        shortest = min(
+            settings.head_timeout_s,
+            settings.body_timeout_s,
+            settings.idle_timeout_s,
+            settings.stall_timeout_s,
+            settings.linger_s,
+        )
+        # Time-outs are kept to within an eighth, or a second.
+        self.wheel = Wheel(min(1.0, shortest / 8), clock())
+        self._loop = loop or asyncio.get_running_loop()
+        self._readahead = ReadAhead(self._loop)
+        self.sender = Sender(settings.quantum, self._readahead, clock, self.wake)
+        # The sockets.
+        self._epoll = select.epoll()
+        self._listeners: dict[int, socket.socket] = {}
+        self._connections: dict[int, Connection] = {}
+        self._seats: dict[str, int] = {}
+        # The turn.
+        self._news: deque[tuple[Connection, int]] = deque()
+        self._turn_due = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._date = (0, "")
+        self._heartbeat: asyncio.TimerHandle | None = None
+        self._emptied = asyncio.Event()
+        self._closed = False
+
+    # What an owner calls.
+
+    def start(self, sockets: list[socket.socket]) -> None:
+        """Serve on bound TCP sockets (listening is begun here); they belong to the server from now on."""
+        raise_descriptor_limit(self.settings.max_connections + _RESERVE + _OTHER_DESCRIPTORS)
+        for listener in sockets:
+            listener.setblocking(False)
+            listener.listen(self.settings.backlog)
+            self._listeners[listener.fileno()] = listener
+        self._listen()
+        self._loop.add_reader(self._epoll.fileno(), self._polled)
+        self._beat(self.clock())
+
+    @property
+    def connections(self) -> int:
+        """Connections open now."""
+        return len(self._connections)
+
+    @property
+    def downloads(self) -> int:
+        """Answers under way that did not fit a socket's buffer at once."""
+        return len(self.sender.active)
+
+    async def drain(self, timeout_s: float | None = None) -> bool:
+        """Take no more connections or requests and wait until those under way are answered.
+
+        Waits `timeout_s`, by default the setting `drain_s`; returns whether everything was finished by then. Requests
+        that still come on open connections are answered 503, connections that wait for one are closed.
+        """
+        self.draining = True
+        self._stop_listening()
+        for connection in list(self._connections.values()):
+            if connection.idle:
+                connection.close()
+        if self._connections:
+            self._emptied.clear()
+            try:
+                await asyncio.wait_for(self._emptied.wait(), self.settings.drain_s if timeout_s is None else timeout_s)
+            except TimeoutError:
+                return False
+        return True
+
+    async def close(self) -> None:
+        """End everything now, downloads included; waits only for handlers that may not be cancelled."""
+        if self._closed:
+            return
+        self._closed = self.draining = True
+        self._stop_listening()
+        for connection in list(self._connections.values()):
+            connection.close()
+        self._loop.remove_reader(self._epoll.fileno())
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+        await self._readahead.close()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        self._epoll.close()
+
+    # What connections call.
+
+    def wake(self) -> None:
+        """Ask for a turn."""
+        if not self._turn_due:
+            self._turn_due = True
+            self._loop.call_soon(self._turn)
+
+    def resume(self, connection: Connection) -> None:
+        """Let a connection proceed in a later turn, so that one that pipelines does not keep others waiting."""
+        self._news.append((connection, 0))
+        self.wake()
+
+    def refusal(self, connection: Connection, caller: str) -> HttpError | None:
+        """Why a request cannot be taken on: 429 or 503, or None. Makes the connection one of `caller`'s."""
+        if not self._take_seat(connection, caller):
+            limit = self.settings.max_connections_per_caller
+            return HttpError(
+                429, "too_many_connections", f"A caller has at most {limit} connections at a time.", _RETRY_AFTER
+            )
+        if self.draining:
+            return HttpError(503, "draining", "This server is shutting down; try again.", _RETRY_AFTER)
+        if connection.surplus:
+            connection.surplus = len(self._connections) > self.settings.max_connections
+        if connection.surplus:
+            return HttpError(503, "server_full", "This server has no room for more connections.", _RETRY_AFTER)
+        return None
+
+    def spawn(self, coroutine: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Run a handler as a task that `close` waits for."""
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def forget(self, connection: Connection) -> None:
+        """A connection is closing: nobody shall come back to it."""
+        del self._connections[connection.fd]
+        self.wheel.disarm(connection)
+        self._leave_seat(connection)
+        if not self._connections:
+            self._emptied.set()
+
+    def wall_clock(self) -> int:
+        """Epoch seconds."""
+        return int(time.time())
+
+    def date(self) -> str:
+        """The Date field, made once a second."""
+        now = self.wall_clock()
+        if self._date[0] != now:
+            self._date = (now, format_date(now))
+        return self._date[1]
+
+    # The turn.
+
+    def _polled(self) -> None:
+        if not self._turn_due:
+            self._turn()
+
+    def _turn(self) -> None:
+        self._turn_due = False
+        if self._closed:
+            return
+        news, accepting = self._news, []
+        for fd, events in self._epoll.poll(0, _BATCH):
+            # Connections are looked up here, before any is closed: a descriptor that is reused later in this turn
+            # must not hear its predecessor's news. For the same reason accepting comes after them all.
+            connection = self._connections.get(fd)
+            if connection is not None:
+                news.append((connection, events))
+            elif fd in self._listeners:
+                accepting.append(fd)
+        deadline = self.clock() + self.settings.turn_s
+        while news:
+            connection, events = news.popleft()
+            connection.on_events(events)
+            if self.clock() >= deadline:
+                break
+        for fd in accepting:
+            self._accept(self._listeners[fd])
+        if self.sender.busy:
+            self.sender.run(self.settings.turn_s)
+        if news or self.sender.busy:
+            self.wake()
+
+    def _beat(self, expected: float) -> None:
+        """The one timer: sees how late the loop is, and which deadlines have passed."""
+        now = self.clock()
+        if now - expected >= _HEARTBEAT_S:
+            self.observer.on_stall(now - expected)
+        for item in self.wheel.due(now):
+            assert isinstance(item, Connection)
+            item.on_deadline(now)
+        now = self.clock()
+        self._heartbeat = self._loop.call_later(_HEARTBEAT_S, self._beat, now + _HEARTBEAT_S)
+
+    # Connections come and go.
+
+    def _listen(self) -> None:
+        for fd in self._listeners:
+            self._epoll.register(fd, select.EPOLLIN)
+
+    def _stop_listening(self) -> None:
+        for listener in self._listeners.values():
+            listener.close()
+        self._listeners.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(_ACCEPTS):
+            try:
+                sock, address = listener.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                if error.errno in _SHORT_OF:
+                    for fd in self._listeners:
+                        self._epoll.unregister(fd)
+                    self._loop.call_later(_PAUSE_S, self._listen)
+                    return
+                continue  # the client was gone before it was taken
+            try:
+                self._adopt(sock, str(plain_address(address[0])))
+            except OSError:
+                sock.close()
+
+    def _adopt(self, sock: socket.socket, address: str) -> None:
+        if len(self._connections) >= self.settings.max_connections + _RESERVE:
+            sock.close()
+            return
+        sock.setblocking(False)
+        # Answers are written whole, heads joined to bodies by MSG_MORE: there is nothing for Nagle to gather.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        fd = sock.fileno()
+        self._epoll.register(fd, _EVENTS)
+        connection = Connection(self, self._link(sock), fd, address, ip_address(address).is_loopback)
+        connection.surplus = len(self._connections) >= self.settings.max_connections
+        self._connections[fd] = connection
+        if address not in self.proxies:
+            self._take_seat(connection, caller_of(address))
+
+    def _link(self, sock: socket.socket) -> Link:
+        return PlainLink(sock)
+
+    def _take_seat(self, connection: Connection, caller: str) -> bool:
+        if connection.seat == caller:
+            return True
+        self._leave_seat(connection)
+        if self._seats.get(caller, 0) >= self.settings.max_connections_per_caller:
+            return False
+        self._seats[caller] = self._seats.get(caller, 0) + 1
+        connection.seat = caller
+        return True
+
+    def _leave_seat(self, connection: Connection) -> None:
+        if connection.seat is not None:
+            self._seats[connection.seat] -= 1
+            if not self._seats[connection.seat]:
+                del self._seats[connection.seat]
+            connection.seat = None
