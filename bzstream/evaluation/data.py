@@ -133,7 +133,7 @@ def _text(data: str, path: Path, vocabulary: int, cache: Path, tokenizer: str | 
                 f"the evaluation data {data} is neither tokens (.npy, .bin, .safetensors) nor text ({', '.join(_TEXT)})"
             )
         stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        documents = (piece for file in files for piece in _documents(file))
+        documents: Iterator[tuple[str, bool]] = (piece for file in files for piece in _documents(file))
     else:
         stamps = [(data, 0, 0)]
         documents = _dataset(data)

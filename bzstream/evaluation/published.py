@@ -1,0 +1,108 @@
+"""A snapshot as the evaluator sees it: the full model's tensors and each group's slice, as ranges of payloads.
+
+It holds references to the unit files, so that a version that is being scored stays readable after the store has
+dropped it, and reads with `pread`: a mapped page of a file that was cut is a SIGBUS, a short read is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from bzstream.evaluation.codes import EvaluationError, Failure
+from bzstream.evaluation.readers import Wanted, wanted_of
+from bzstream.model import Snapshot
+from bzstream.payload import Extent, Payload
+from bzstream.tensorfile import Head, head_size, parse_head
+
+__all__ = ["Part", "Published", "read_into"]
+
+_MAX_HEAD = 1 << 30
+"""Our own files: a full model's head of 18,000 tensors is 3 MB."""
+
+
+class Part(NamedTuple):
+    """One safetensors unit: its tensors in the order of their bytes, where those lie, and the experts of its rows."""
+
+    wanted: tuple[Wanted, ...]
+    offsets: tuple[int, ...]
+    """Byte of the payload at which each tensor begins."""
+    payload: Payload
+    rows: Mapping[int, tuple[int, ...]] | None
+    """Layer -> original index of each local row; None for the full model."""
+    content_hash: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(wanted.nbytes for wanted in self.wanted)
+
+
+class Published:
+    """One model version. `close()` gives the files back."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        """Raises EvaluationError when the snapshot has no config.json or a tensor that cannot be evaluated."""
+        self.version = snapshot.version
+        self.config: Mapping[str, Any] = snapshot.config or {}
+        self.square_is_native = snapshot.orientation != "transposed"
+        if not self.config:
+            raise EvaluationError(f"version {self.version} was published without a config.json; publish it with one")
+        self._snapshot = snapshot
+        snapshot.retain()
+        self._parts: dict[int | None, Part | None] = {}
+
+    def close(self) -> None:
+        self._snapshot.release()
+
+    @property
+    def full(self) -> Part:
+        """The whole model under the checkpoint's own names and shapes."""
+        part = self._part(None)
+        assert part is not None
+        return part
+
+    def group(self, group: int) -> Part:
+        """One group's slice. Raises Failure `unknown_group`."""
+        part = self._part(group)
+        if part is None:
+            raise Failure("unknown_group", f"version {self.version} has no expert group {group}")
+        return part
+
+    def _part(self, group: int | None) -> Part | None:
+        if group not in self._parts:
+            unit = self._snapshot.full if group is None else self._snapshot.partial(group)
+            self._parts[group] = None if unit is None else _part_of(unit.payload, unit.content_hash)
+        return self._parts[group]
+
+
+def _part_of(payload: Payload, content_hash: str) -> Part:
+    size = head_size(payload[:8].read(), len(payload), max_head=_MAX_HEAD)
+    head: Head = parse_head(payload[:size].read(), len(payload), max_head=_MAX_HEAD)
+    rows = None
+    if "expert_group" in head.metadata:
+        rows = {int(layer): tuple(row) for layer, row in json.loads(head.metadata["experts"]).items()}
+    offsets = tuple(head.data_start + tensor.start for tensor in head.tensors)
+    return Part(wanted_of(head), offsets, payload, rows, content_hash)
+
+
+def read_into(payload: Payload, offset: int, target: memoryview) -> None:
+    """Fill `target` with the payload's bytes from `offset`. Raises EvaluationError when a file is cut."""
+    done = 0
+    for part in payload[offset : offset + len(target)]:
+        if isinstance(part, Extent):
+            end = done + part.length
+            position = part.offset
+            while done < end:
+                count = os.preadv(part.file.fd, [target[done:end]], position)
+                if count == 0:
+                    raise EvaluationError(f"{part.file.path} was cut; run `bzstream inspect --verify` on the store")
+                done += count
+                position += count
+        else:
+            target[done : done + len(part)] = part
+            done += len(part)
+    if done != len(target):
+        raise EvaluationError("a unit of the store ends early; run `bzstream inspect --verify` on the store")

@@ -1,0 +1,382 @@
+"""The model, loaded once, that wears each submission's experts in turn and is itself again after.
+
+Scoring by `deepcopy` and `load_state_dict` moves the whole model for every submission and holds it twice. Here a
+submission only ever touches its own slice. Its bytes go into a *staging* buffer (on CUDA through pinned memory and a
+side stream, while the submission before it is being scored), and to put it on, each piece of the staging buffer is
+*exchanged* with the region of the parameter that it belongs to. Exchange is its own inverse: while the model wears the
+submission the staging buffer holds exactly the baseline's bytes, and taking it off is exchanging once more. So the
+model needs no second copy, not even of the slice, and the restored baseline is the baseline, bit for bit.
+
+If anything fails between the two exchanges (out of memory, a device error, cancellation), which bytes lie where is no
+longer certain; then the group is read again from the snapshot's files. If even that fails the model says that it is
+not `sound`, and whoever owns it loads it anew.
+
+Memory: the model, two staging buffers (one worn, one being filled), one expert's row of scratch.
+All methods that touch parameters belong to one thread at a time; `stage` may run in another beside it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bzstream.evaluation.bindings import Piece, bind, missing
+from bzstream.evaluation.codes import EvaluationError, Failure
+from bzstream.evaluation.module import DTYPES, build_module, ignored_names, map_errors, state_of
+from bzstream.evaluation.ptfile import ITEM_SIZES, Stored
+from bzstream.evaluation.published import Part, Published, read_into
+from bzstream.evaluation.readers import Wanted
+from bzstream.evaluation.scoring import SKETCH, derive
+from bzstream.evaluation.staging import CHUNK, fill, layout, memory_of
+from bzstream.model.naming import expert_name
+
+__all__ = ["ResidentModel", "Staged"]
+
+_TILE = 1 << 20
+"""Elements that one draw of sketch signs covers; further tiles turn and flip it."""
+
+
+class _Buffer(NamedTuple):
+    """One staging buffer on the model's device, and on CUDA the event after which it may be overwritten."""
+
+    data: torch.Tensor
+    free: Any
+
+
+class Staged:
+    """A submission's slice in the published dtypes, ready to be worn. `close()` gives its buffer back."""
+
+    def __init__(self, group: int, views: Sequence[torch.Tensor], weights: str, give_back: Callable[[], None]) -> None:
+        self.group = group
+        self.views = views
+        self.weights = weights
+        """BLAKE3 over the tensors' bytes in the published dtype and order, 64 hex digits."""
+        self._give_back: Callable[[], None] | None = give_back
+
+    def close(self) -> None:
+        give_back, self._give_back = self._give_back, None
+        if give_back is not None:
+            self.views = ()
+            give_back()
+
+
+class ResidentModel:
+    """A published model version on one device.
+
+    Raises EvaluationError from the constructor when the config's model and the published tensors do not fit.
+    """
+
+    def __init__(self, published: Published, *, device: str, factory: str | None = None) -> None:
+        """`device`: a torch device; `factory`: `module:function` that takes the config (a dict) and gives the model."""
+        self.published = published
+        self.device = torch.device(device)
+        self.sound = False
+        """Whether every parameter is the baseline's (outside of `wearing`)."""
+        self._cuda = self.device.type == "cuda"
+        full = published.full
+        with map_errors():
+            self.module = build_module(published.config, _expert_dtype(published), self.device, factory)
+            self._regions = {name: value.detach() for name, value in state_of(self.module).items()}
+            shapes = {name: tuple(value.shape) for name, value in self._regions.items()}
+            ignored = ignored_names(self.module)
+            self._full = bind(full.wanted, shapes, square_is_native=published.square_is_native, ignored=ignored)
+            unfilled = missing(self._full, shapes)
+            if unfilled:
+                raise EvaluationError(
+                    f"version {published.version} does not fill the model's parameter {unfilled[0]!r} (and "
+                    f"{len(unfilled) - 1} more); check config.json or set evaluation.model"
+                )
+            self._shapes = shapes
+            self._pieces: dict[int, list[Piece]] = {}
+            self._buffers: list[_Buffer] = []
+            self._free: list[_Buffer] = []
+            self._changed = threading.Condition()
+            self._pinned: torch.Tensor | None = None
+            self._pinned_lock = threading.Lock()
+            self._side = torch.cuda.Stream(self.device) if self._cuda else None
+            self._load(full, self._full)
+        self.sound = True
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that the model knows, by its config or its input embedding."""
+        config = self.published.config
+        for section in (config, config.get("text_config") or {}):
+            if type(section.get("vocab_size")) is int:
+                return int(section["vocab_size"])
+        embedding: Any = getattr(self.module, "get_input_embeddings", lambda: None)()
+        if embedding is None:
+            raise EvaluationError("config.json does not say how many tokens the model knows; add vocab_size")
+        return int(embedding.weight.shape[0])
+
+    # ---- Loading and checking -----------------------------------------------------------------------------------
+
+    def _load(self, part: Part, pieces: Sequence[Piece]) -> None:
+        """Copy published bytes into the parameters, piece by piece, through at most `CHUNK` of host memory."""
+        for piece, region, offset, wanted in self._walk(part, pieces):
+            dtype = DTYPES[wanted.dtype]
+            direct = region.device.type == "cpu" and region.dtype == dtype
+            if direct and region.is_contiguous():
+                read_into(part.payload, offset, memory_of(region))
+            elif region.is_contiguous() and not piece.transposed:
+                flat = region.view(-1)
+                step = CHUNK // ITEM_SIZES[wanted.dtype]
+                for start in range(0, flat.numel(), step):
+                    aim = flat[start : start + step]
+                    host = torch.empty(aim.numel(), dtype=dtype, pin_memory=self._cuda)
+                    read_into(part.payload, offset + start * ITEM_SIZES[wanted.dtype], memory_of(host))
+                    aim.copy_(host)
+            else:
+                host = torch.empty(region.shape, dtype=dtype, pin_memory=self._cuda)
+                read_into(part.payload, offset, memory_of(host))
+                region.copy_(host)
+
+    def differing(self) -> list[str]:
+        """Parameters that are not the published ones bit for bit; [] when all are. Reads the whole model."""
+        found: dict[str, None] = {}
+        for piece, region, offset, wanted in self._walk(self.published.full, self._full):
+            host = torch.empty(region.shape, dtype=DTYPES[wanted.dtype])
+            read_into(self.published.full.payload, offset, memory_of(host))
+            expected = host.to(region.dtype).contiguous()
+            if bytes(memory_of(region.cpu().contiguous())) != bytes(memory_of(expected)):
+                found[piece.parameter] = None
+        return list(found)
+
+    def _walk(self, part: Part, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, torch.Tensor, int, Wanted]]:
+        """Each piece with its region of the parameter (in the published orientation) and its byte in the payload."""
+        for piece in pieces:
+            wanted = part.wanted[piece.tensor]
+            row = 0 if piece.row is None else piece.row * (wanted.nbytes // max(1, wanted.shape[0]))
+            yield piece, self._region(piece), part.offsets[piece.tensor] + row, wanted
+
+    def _region(self, piece: Piece) -> torch.Tensor:
+        region = self._regions[piece.parameter]
+        if piece.expert is not None:
+            region = region[piece.expert]
+        if piece.part is not None:
+            region = region[piece.part[0] : piece.part[1]]
+        return region.transpose(-1, -2) if piece.transposed else region
+
+    def pieces(self, group: int) -> list[Piece]:
+        """Where a group's slice lies. Raises EvaluationError when it does not fit, Failure `unknown_group`."""
+        if group not in self._pieces:
+            part = self.published.group(group)
+            pieces = bind(part.wanted, self._shapes, rows=part.rows, square_is_native=self.published.square_is_native)
+            for piece in pieces:
+                wanted = part.wanted[piece.tensor]
+                if self._regions[piece.parameter].dtype != DTYPES[wanted.dtype]:
+                    raise EvaluationError(
+                        f"{wanted.name!r} is published as {wanted.dtype}, unlike the model's parameter"
+                    )
+            self._pieces[group] = pieces
+        return self._pieces[group]
+
+    # ---- Staging ------------------------------------------------------------------------------------------------
+
+    def stage(self, fd: int, stored: Sequence[Stored], group: int) -> Staged:
+        """Read a checked file's tensors into a staging buffer, cast to the published dtypes. Blocks for a buffer.
+
+        `stored`: as `sandbox.Reader.read` returned it for this group. Raises Failure.
+        """
+        part = self.published.group(group)
+        self.pieces(group)
+        starts, size = layout(part.wanted)
+        with map_errors():
+            buffer = self._take(size)
+            try:
+                if self._cuda:
+                    weights = self._stage_cuda(fd, stored, part, starts, size, buffer)
+                else:
+                    weights = fill(fd, stored, part.wanted, starts, buffer.data)
+                views = [
+                    buffer.data[start : start + wanted.nbytes].view(DTYPES[wanted.dtype]).view(wanted.shape)
+                    for start, wanted in zip(starts, part.wanted, strict=True)
+                ]
+                return Staged(group, views, weights, lambda: self._release(buffer))
+            except BaseException:
+                self._release(buffer)
+                raise
+
+    def _stage_cuda(
+        self, fd: int, stored: Sequence[Stored], part: Part, starts: Sequence[int], size: int, buffer: _Buffer
+    ) -> str:
+        with self._pinned_lock:
+            if self._pinned is None or self._pinned.numel() < size:
+                self._pinned = None  # the old one goes before the new one comes
+                self._pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            weights = fill(fd, stored, part.wanted, starts, self._pinned)
+            assert self._side is not None
+            with torch.cuda.stream(self._side):
+                self._side.wait_event(buffer.free)  # the exchange that still reads this buffer
+                buffer.data[:size].copy_(self._pinned[:size], non_blocking=True)
+                arrived = torch.cuda.Event()
+                arrived.record(self._side)
+            arrived.synchronize()  # this thread waits; the one that scores goes on
+            return weights
+
+    def _take(self, size: int) -> _Buffer:
+        with self._changed:
+            self._changed.wait_for(lambda: self._free or len(self._buffers) < 2)
+            buffer = self._free.pop() if self._free else None
+            if buffer is None or buffer.data.numel() < size:
+                if buffer is not None:
+                    self._buffers = [b for b in self._buffers if b is not buffer]
+                    buffer = None  # the smaller one goes first
+                event = torch.cuda.Event() if self._cuda else None
+                buffer = _Buffer(torch.empty(size, dtype=torch.uint8, device=self.device), event)
+                self._buffers.append(buffer)
+            return buffer
+
+    def _release(self, buffer: _Buffer) -> None:
+        if self._cuda:
+            buffer.free.record(torch.cuda.current_stream(self.device))
+        with self._changed:
+            self._free.append(buffer)
+            self._changed.notify()
+
+    # ---- Wearing and scoring --------------------------------------------------------------------------------------
+
+    @contextmanager
+    def wearing(self, staged: Staged) -> Iterator[None]:
+        """The model with the submission's experts inside the block, and the baseline's before and after it."""
+        if not self.sound:
+            raise Failure("internal_error", "the model is not the baseline; load it again")
+        pieces = self.pieces(staged.group)
+        self.sound = False
+        try:
+            with map_errors(), torch.inference_mode():
+                self._exchange(pieces, staged)
+                yield
+                self._exchange(pieces, staged)
+                if self._cuda:
+                    torch.cuda.current_stream(self.device).synchronize()
+            self.sound = True
+        finally:
+            if not self.sound:
+                self._reload(staged.group)
+
+    def _reload(self, group: int) -> None:
+        with map_errors(), torch.inference_mode():
+            if self._cuda:
+                torch.cuda.synchronize(self.device)
+                torch.cuda.empty_cache()
+            self._load(self.published.group(group), self.pieces(group))
+        self.sound = True
+
+    def _exchange(self, pieces: Sequence[Piece], staged: Staged) -> None:
+        scratch: torch.Tensor | None = None
+        for piece in pieces:
+            region = self._region(piece)
+            view = staged.views[piece.tensor]
+            theirs = view if piece.row is None else view[piece.row]
+            if scratch is None or scratch.dtype != region.dtype or scratch.numel() < region.numel():
+                scratch = torch.empty(region.numel(), dtype=region.dtype, device=self.device)
+            kept = scratch[: region.numel()].view(region.shape)
+            kept.copy_(region)
+            region.copy_(theirs)
+            theirs.copy_(kept)
+
+    def window_losses(
+        self,
+        windows: NDArray[np.int64],
+        *,
+        batch: int,
+        deadline: float = float("inf"),
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> list[float]:
+        """Each window's summed cross-entropy in float32, [windows, length] -> one number a window.
+
+        Ends early, with the number that is not finite as its last, when a batch has one. `deadline`: monotonic
+        seconds. Raises Failure `evaluation_timeout`, `out_of_memory`, `device_error`; InterruptedError on cancellation.
+        """
+        losses: list[float] = []
+        with map_errors(), torch.inference_mode():
+            for start in range(0, len(windows), batch):
+                if cancelled():
+                    raise InterruptedError
+                if time.monotonic() > deadline:
+                    raise Failure("evaluation_timeout", "scoring took too long")
+                tokens = torch.from_numpy(windows[start : start + batch]).to(self.device)
+                logits = self._logits(tokens)
+                found = torch.stack(
+                    [_cross_entropy(row, ids) for row, ids in zip(logits, tokens, strict=True)]
+                ).tolist()
+                losses += found
+                if not all(np.isfinite(found)):
+                    return losses
+        return losses
+
+    def _logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[batch, length] -> [batch, length, vocabulary]"""
+        output = self.module(tokens) if self._plain else self.module(input_ids=tokens, use_cache=False)
+        logits = output if isinstance(output, torch.Tensor) else output.logits
+        assert isinstance(logits, torch.Tensor)
+        return logits
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the module is the factory's and takes tokens alone."""
+        return not hasattr(self.module, "config")
+
+    def sketch(self, staged: Staged, seed: str) -> tuple[float, ...]:
+        """The count sketch (`scoring`) of the submission's change to the baseline; `SKETCH` numbers.
+
+        Call it while the model does *not* wear the submission.
+        """
+        raw = np.random.Philox(key=derive("bzstream-sketch-1", seed) % (1 << 128)).random_raw(_TILE // 64)
+        bits = np.unpackbits(np.asarray(raw, "<u8").view(np.uint8)).astype(np.float32)
+        with map_errors(), torch.inference_mode():
+            signs = torch.from_numpy(np.tile(bits * 2 - 1, 2)).to(self.device)
+            total = torch.zeros(SKETCH, dtype=torch.float64, device=self.device)
+            tile = 0
+            for piece in self.pieces(staged.group):
+                view = staged.views[piece.tensor]
+                theirs = view if piece.row is None else view[piece.row]
+                ours = self._region(piece)
+                if not ours.dtype.is_floating_point:
+                    continue
+                # Both in the published order of elements, so that the model's layout does not matter.
+                left, right = theirs.reshape(-1), ours.reshape(-1)
+                for start in range(0, left.numel(), _TILE):
+                    change = left[start : start + _TILE].float() - right[start : start + _TILE].float()
+                    draw = derive("bzstream-sketch-tile-1", seed, tile)
+                    turn = draw % _TILE
+                    change *= signs[turn : turn + change.numel()]
+                    short = -change.numel() % SKETCH
+                    folded = torch.nn.functional.pad(change, (0, short)).view(-1, SKETCH).sum(0, dtype=torch.float64)
+                    total += folded if (draw >> 128) & 1 else -folded
+                    tile += 1
+            return tuple(float(value) for value in total.float().tolist())
+
+    def close(self) -> None:
+        """Free the model's memory and the store's files; the object is of no use after."""
+        self.sound = False
+        self._regions.clear()
+        self._buffers.clear()
+        self._free.clear()
+        self._pinned = None
+        self.module = torch.nn.Module()
+        if self._cuda:
+            torch.cuda.empty_cache()
+        self.published.close()
+
+
+def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Summed loss of one window: float32 for each token, summed in float64."""
+    losses = torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
+    return losses.double().sum()
+
+
+def _expert_dtype(published: Published) -> torch.dtype:
+    """The dtype of the experts is the model's: they are what is trained and exchanged."""
+    for wanted in published.full.wanted:
+        if expert_name(wanted.name) is not None and DTYPES[wanted.dtype].is_floating_point:
+            return DTYPES[wanted.dtype]
+    raise EvaluationError(f"version {published.version} has no expert tensors of a floating-point dtype")

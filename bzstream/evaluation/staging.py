@@ -1,0 +1,76 @@
+"""A checked file's tensors, read into one flat buffer in the published dtypes: what will be exchanged with the model.
+
+Every byte range was checked by `sandbox.Reader`, so nothing is parsed here; bytes are read, cast where the file's dtype
+is another float, and hashed in the published dtype and order, so that the same weights have the same hash whatever
+file they came in.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from blake3 import blake3
+
+from bzstream.evaluation.codes import Failure
+from bzstream.evaluation.module import DTYPES
+from bzstream.evaluation.ptfile import ITEM_SIZES, Stored
+from bzstream.evaluation.readers import Wanted
+
+__all__ = ["CHUNK", "fill", "layout", "memory_of"]
+
+CHUNK = 32 * 1024 * 1024
+"""Bytes moved at a time: large enough for full bandwidth, small against a slice."""
+_ALIGN = 256
+"""Alignment of each tensor in a staging buffer, enough for every vector load."""
+
+
+def memory_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, writable."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def layout(wanted: Sequence[Wanted]) -> tuple[list[int], int]:
+    """(byte of each tensor in a staging buffer, bytes in all)"""
+    starts: list[int] = []
+    end = 0
+    for each in wanted:
+        starts.append(end)
+        end += -(-each.nbytes // _ALIGN) * _ALIGN
+    return starts, end
+
+
+def fill(fd: int, stored: Sequence[Stored], wanted: Sequence[Wanted], starts: Sequence[int], host: torch.Tensor) -> str:
+    """Read the tensors into host memory, cast them, and hash them (BLAKE3 over the published dtype and order)."""
+    hasher = blake3()
+    memory = memory_of(host)
+    for source, aim, start in zip(stored, wanted, starts, strict=True):
+        here = memory[start : start + aim.nbytes]
+        if source.dtype == aim.dtype:
+            for at in range(0, aim.nbytes, CHUNK):
+                piece = here[at : at + CHUNK]
+                _read(fd, source.offset + at, piece)
+                hasher.update(piece)
+            continue
+        target = host[start : start + aim.nbytes].view(DTYPES[aim.dtype])
+        step = CHUNK // ITEM_SIZES[source.dtype]
+        for first in range(0, target.numel(), step):
+            piece_of = target[first : first + step]
+            raw = torch.empty(piece_of.numel(), dtype=DTYPES[source.dtype])
+            _read(fd, source.offset + first * ITEM_SIZES[source.dtype], memory_of(raw))
+            piece_of.copy_(raw)
+            hasher.update(memory_of(piece_of))
+    return hasher.hexdigest()
+
+
+def _read(fd: int, offset: int, target: memoryview) -> None:
+    done = 0
+    while done < len(target):
+        try:
+            count = os.preadv(fd, [target[done:]], offset + done)
+        except OSError as error:
+            raise Failure("spool_error", f"the spooled file cannot be read: {error.strerror}") from None
+        if count == 0:
+            raise Failure("spool_error", "the spooled file was cut")
+        done += count
