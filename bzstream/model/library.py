@@ -1,0 +1,280 @@
+"""What a worker serves from: the store's snapshots, opened, mapped, and followed as they come and go.
+
+A `Unit` is one downloadable thing with everything that is sent about it made in advance. A `Snapshot` owns one
+reference to each of its files; a download holds its own (`Payload.retain`), so a snapshot that the store has dropped
+is closed at once and its files as soon as the last download from them ends.
+
+A file that is missing, has another size than when it was published, or changes while it is open, takes its units (and
+the full model) out of service; it is never served with wrong bytes, and `Library.damaged` names it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bzstream.model.errors import StoreDamaged
+from bzstream.model.record import (
+    SnapshotRecord,
+    UnitRecord,
+    enveloped_etag,
+    manifest_fields,
+    read_record,
+    unit_envelope,
+)
+from bzstream.model.store import Store
+from bzstream.payload import Extent, Payload, UnitFile
+
+__all__ = ["Library", "Snapshot", "Unit", "open_snapshot"]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Something downloadable. `label` is "partial/<group>", "shared" or "full".
+
+    `payload` is the bare safetensors file and `enveloped` the same behind its `envelope` (empty for the full model).
+    ETags are quoted; `manifest` is the JSON body of the manifest endpoint.
+    """
+
+    kind: str
+    group: int | None
+    label: str
+    payload: Payload
+    envelope: bytes
+    enveloped: Payload
+    size: int
+    content_hash: str
+    etag: str
+    etag_enveloped: str
+    chunks: tuple[str, ...]
+    manifest: bytes
+    experts: Mapping[int, tuple[int, ...]]
+    whole: bool
+    """False when a file was already missing or cut when the snapshot was opened."""
+
+    def intact(self) -> bool:
+        """Whether the unit may be served: every file behind it is still the one that was published (µs)."""
+        return self.whole and self.payload.intact()
+
+    def describe(self) -> dict[str, object]:
+        """The unit's entry in GET /model."""
+        return {
+            "unit": self.kind,
+            "expert_group": self.group,
+            "size": self.size,
+            "content_hash": self.content_hash,
+            "etag": self.etag,
+            "etag_enveloped": self.etag_enveloped,
+        }
+
+
+class Snapshot:
+    """One published version, open. Counted: `release` by the last holder closes what nothing else holds."""
+
+    def __init__(self, record: SnapshotRecord, units: Mapping[str, Unit], files: tuple[UnitFile, ...]) -> None:
+        self.version = record.version
+        self.block = record.block
+        self.sequence = record.sequence
+        self.published_at = record.published_at
+        self.config = record.config
+        """config.json of the checkpoint, or None if it had none."""
+        self.orientation = record.orientation
+        """"native" or "transposed" (as on the hub) for fused Qwen3-VL-MoE experts; None for everything else."""
+        self.layers: Mapping[int, int] = record.layers
+        """Layer -> number of experts."""
+        self.units = units
+        """By label."""
+        self.groups = tuple(sorted(unit.group for unit in units.values() if unit.group is not None))
+        self._files = files
+        self._references = 1
+
+    def partial(self, group: int) -> Unit | None:
+        return self.units.get(f"partial/{group}")
+
+    @property
+    def shared(self) -> Unit:
+        return self.units["shared"]
+
+    @property
+    def full(self) -> Unit:
+        return self.units["full"]
+
+    def describe(self) -> dict[str, object]:
+        """The version's entry in GET /model; `published_at` in seconds since 1970."""
+        return {
+            "model_version": self.version,
+            "block_number": self.block,
+            "published_at": self.published_at,
+            "units": [unit.describe() for unit in self.units.values()],
+        }
+
+    def retain(self) -> None:
+        """Hold the snapshot open; pair each call with one `release`."""
+        assert self._references > 0, "a closed snapshot was retained"
+        self._references += 1
+
+    def release(self) -> None:
+        assert self._references > 0, "a snapshot was released more often than retained"
+        self._references -= 1
+        if self._references == 0:
+            self.close()
+
+    def close(self) -> None:
+        """Give back the snapshot's references to its files."""
+        files, self._files = self._files, ()
+        for file in files:
+            file.release()
+
+
+def open_snapshot(folder: Path) -> Snapshot:
+    """Open the snapshot in `folder`. Raises StoreDamaged when its record cannot be read.
+
+    A unit file that is missing or cut is no error here: its units open, and are not `intact`.
+    """
+    record = read_record(folder)
+    with ExitStack() as cleanup:
+        files: list[UnitFile | None] = []
+        for unit in record.units:
+            file = _open_file(folder, unit)
+            files.append(file)
+            if file is not None:
+                cleanup.callback(file.release)
+        units: dict[str, Unit] = {}
+        for unit, file in zip(record.units, files, strict=True):
+            if unit.kind == "full":
+                parts: list[bytes | Extent] = [record.head]
+                extents = [(files[index], offset, length) for index, offset, length in record.view]
+                parts += [Extent(part, offset, length) for part, offset, length in extents if part is not None]
+                whole = all(part is not None for part, _, _ in extents)
+            else:
+                parts = [] if file is None else [Extent(file, 0, unit.size)]
+                whole = file is not None
+            if unit.kind != "rest":
+                units[unit.label] = _unit(record, unit, Payload(tuple(parts)), whole)
+        cleanup.pop_all()
+    return Snapshot(record, units, tuple(file for file in files if file is not None))
+
+
+class Library:
+    """The snapshots of a store, as one worker sees them. Not thread-safe: for the worker's event loop."""
+
+    def __init__(self, path: Path, *, warn: Callable[[str], None] | None = None) -> None:
+        self._store = Store(path)
+        self._warn = warn or logging.getLogger(__name__).warning
+        self._snapshots: dict[str, Snapshot] = {}
+        self._stamps: dict[str, tuple[int, int]] = {}
+        self._reported: set[str] = set()
+        self.current: Snapshot | None = None
+
+    def refresh(self) -> bool:
+        """Take in what was published and dropped since the last call; whether anything changed.
+
+        Cheap when nothing did (a few system calls). A new snapshot that cannot be read is reported once, and the
+        current one stays.
+        """
+        wanted = self._store.current()
+        stamps = {version: stamp for version in self._store.versions() if (stamp := self._stamp(version))}
+        changed = False
+        for version, stamp in stamps.items():
+            if self._stamps.get(version) != stamp:
+                changed |= self._open(version)
+                self._stamps[version] = stamp
+        if wanted is not None and wanted in self._snapshots and self._snapshots[wanted] is not self.current:
+            self.current = self._snapshots[wanted]
+            changed = True
+        for version in self._snapshots.keys() - stamps.keys():
+            # The last good snapshot outlives its folder for as long as nothing readable has taken its place.
+            if self._snapshots[version] is not self.current:
+                self._snapshots.pop(version).release()
+                changed = True
+        self._stamps = stamps
+        return changed
+
+    def get(self, version: str) -> Snapshot | None:
+        """A retained version, or None."""
+        return self._snapshots.get(version)
+
+    def versions(self) -> list[Snapshot]:
+        """Every retained version, newest first."""
+        return sorted(self._snapshots.values(), key=lambda snapshot: snapshot.sequence, reverse=True)
+
+    @property
+    def damaged(self) -> list[str]:
+        """Labels of the current snapshot's units that are not served because a file was cut or changed."""
+        if self.current is None:
+            return []
+        return [label for label, unit in self.current.units.items() if not unit.intact()]
+
+    def close(self) -> None:
+        """Release every snapshot."""
+        for snapshot in self._snapshots.values():
+            snapshot.release()
+        self._snapshots.clear()
+        self._stamps.clear()
+        self.current = None
+
+    def _stamp(self, version: str) -> tuple[int, int] | None:
+        """What changes when a version's folder is replaced by another of the same name."""
+        try:
+            status = os.stat(self._store.folder(version) / "snapshot.json")
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns
+
+    def _open(self, version: str) -> bool:
+        try:
+            snapshot = open_snapshot(self._store.folder(version))
+        except (StoreDamaged, OSError) as error:
+            if str(error) not in self._reported:
+                self._reported.add(str(error))
+                self._warn(str(error))
+            return False
+        old = self._snapshots.pop(version, None)
+        self._snapshots[version] = snapshot
+        if old is not None:
+            if old is self.current:
+                self.current = snapshot
+            old.release()
+        return True
+
+
+def _open_file(folder: Path, unit: UnitRecord) -> UnitFile | None:
+    """The unit's file, or None when it cannot be served."""
+    if unit.file is None:
+        return None
+    try:
+        file = UnitFile(folder / unit.file)
+    except (OSError, ValueError):
+        return None
+    if file.size != unit.size:
+        file.release()
+        return None
+    return file
+
+
+def _unit(record: SnapshotRecord, unit: UnitRecord, payload: Payload, whole: bool) -> Unit:
+    envelope = unit_envelope(record, unit)
+    etag = f'"{unit.sha256}"'
+    fields: dict[str, Any] = manifest_fields(record, unit, len(envelope))
+    return Unit(
+        kind=unit.kind,
+        group=unit.group,
+        label=unit.label,
+        payload=payload,
+        envelope=envelope,
+        enveloped=Payload((envelope,)) + payload if envelope else payload,
+        size=unit.size,
+        content_hash=unit.content_hash,
+        etag=etag,
+        etag_enveloped=enveloped_etag(envelope, unit.sha256) if envelope else etag,
+        chunks=unit.chunks,
+        manifest=json.dumps({**fields, "signature": unit.signature}, separators=(",", ":")).encode("ascii"),
+        experts=unit.experts,
+        whole=whole,
+    )

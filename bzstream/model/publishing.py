@@ -1,0 +1,320 @@
+"""Publishing: a checkpoint, or a state dict in memory, becomes the store's current snapshot, or nothing changes."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from msgspec import structs
+
+from bzstream.model.checkpoint import Checkpoint, open_folder
+from bzstream.model.errors import BadExpertMap, ModelError, StoreDamaged, StoreFailed
+from bzstream.model.experts import ExpertMap, check_map, even_split, load_map
+from bzstream.model.naming import find_layers, fused_orientation
+from bzstream.model.plan import Plan, make_plan
+from bzstream.model.record import (
+    FORMAT,
+    ManifestSigner,
+    SnapshotRecord,
+    UnitRecord,
+    manifest_fields,
+    read_record,
+    unit_envelope,
+)
+from bzstream.model.statedict import open_state_dict
+from bzstream.model.store import Store
+from bzstream.model.transfer import Outcome, UnitOutcome, transfer
+
+__all__ = ["Publication", "PublishedUnit", "publish", "publish_state_dict"]
+
+_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""The contract's form of a model version. It is also a safe file name that does not begin with a dot."""
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+Experts = Path | Mapping[int, Mapping[int, Sequence[int]]]
+"""A map's file or folder, or the map itself: group -> layer -> original indices in local order."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedUnit:
+    """One line of the report. `content_hash` is None in a dry run; `linked`: not written, but hard-linked."""
+
+    unit: str
+    file: str | None
+    size: int
+    tensors: int
+    extents: int
+    linked: bool
+    content_hash: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What a publish did, or in a dry run would do. Sizes in bytes."""
+
+    version: str
+    block: int
+    dry_run: bool
+    units: tuple[PublishedUnit, ...]
+    bytes_source: int
+    bytes_written: int
+    bytes_linked: int
+    bytes_repeated: int
+    """Bytes stored more than once because an expert is in several groups."""
+    retired: tuple[str, ...]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Order:
+    """What the caller asked for. Raises ModelError when it makes no sense."""
+
+    block: int
+    version: str
+    experts: Experts | None
+    groups: int | None
+    keep: int
+    signer: ManifestSigner | None
+    progress: Progress | None
+    dry_run: bool
+
+    def __post_init__(self) -> None:
+        if not _VERSION.fullmatch(self.version):
+            raise ModelError(
+                f"{self.version!r} is no model version; use up to 64 letters, digits, dots, dashes and underscores, "
+                "with a letter or digit first"
+            )
+        if not 0 <= self.block < 1 << 53:
+            raise ModelError(f"{self.block} is no block number; blocks count from 0")
+        if self.keep < 1:
+            raise ModelError("at least one version must be kept")
+        if (self.experts is None) == (self.groups is None):
+            raise BadExpertMap("give either an expert map or a number of groups")
+
+    def expert_map(self, layers: Mapping[int, int]) -> ExpertMap:
+        """The checked map; `layers` is layer -> number of experts."""
+        if self.groups is not None:
+            found = even_split(layers, self.groups)
+        elif isinstance(self.experts, Path):
+            found = load_map(self.experts)
+        else:
+            assert self.experts is not None
+            found = {group: {n: tuple(row) for n, row in rows.items()} for group, rows in self.experts.items()}
+        check_map(found, layers)
+        return found
+
+
+def publish(
+    source: Path,
+    store: Path,
+    *,
+    block: int,
+    version: str,
+    experts: Experts | None = None,
+    groups: int | None = None,
+    keep: int = 3,
+    signer: ManifestSigner | None = None,
+    progress: Progress | None = None,
+    dry_run: bool = False,
+) -> Publication:
+    """Publish the checkpoint folder `source` to the folder `store` as `version`, taken at chain block `block`.
+
+    Either `experts` (a JSON file, the subnet's folder of tasks, or the map itself) or `groups` (an even split) says
+    which group trains which experts. The newest `keep` versions stay. `signer` signs the manifests. With `dry_run`
+    nothing is written, not even the store's folder. Raises ModelError; what is served is then as it was.
+    """
+    order = _Order(
+        block=block, version=version, experts=experts, groups=groups, keep=keep, signer=signer, progress=progress,
+        dry_run=dry_run,
+    )  # fmt: skip
+    with open_folder(source) as checkpoint:
+        return _publish(checkpoint, Store(store), order)
+
+
+def publish_state_dict(
+    tensors: Mapping[str, Any],
+    config: Mapping[str, Any] | None,
+    store: Path,
+    *,
+    block: int,
+    version: str,
+    experts: Experts | None = None,
+    groups: int | None = None,
+    keep: int = 3,
+    signer: ManifestSigner | None = None,
+    progress: Progress | None = None,
+    dry_run: bool = False,
+) -> Publication:
+    """As `publish`, for a model in memory: `tensors` maps names to numpy arrays or torch tensors (any device).
+
+    `config` is what config.json would hold (`model.config.to_dict()`). The tensors must not change meanwhile: unlike
+    a file's, their change cannot be noticed. Contiguous CPU tensors are read in place; others are copied one by one.
+    """
+    order = _Order(
+        block=block, version=version, experts=experts, groups=groups, keep=keep, signer=signer, progress=progress,
+        dry_run=dry_run,
+    )  # fmt: skip
+    with open_state_dict(tensors, config) as checkpoint:
+        return _publish(checkpoint, Store(store), order)
+
+
+def _publish(checkpoint: Checkpoint, store: Store, order: _Order) -> Publication:
+    started = time.monotonic()
+    layers = find_layers(checkpoint.tensors.values(), checkpoint.config)
+    orientation = fused_orientation(layers, checkpoint.config)
+    experts = order.expert_map({number: layer.experts for number, layer in layers.items()})
+    plan = make_plan(checkpoint.tensors, checkpoint.places, layers, experts)
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done
+        done += count
+        if order.progress is not None:
+            order.progress(done, plan.size)
+
+    if order.dry_run:
+        store.check_absent(order.version)
+        candidates = _candidates(plan, store)
+        # Without an earlier snapshot there is nothing to compare, and the checkpoint need not be read.
+        outcome = transfer(plan, checkpoint, None, candidates, report) if candidates else None
+        return _publication(plan, outcome, order, (), started)
+    with _explained(store, plan), store.locked():
+        store.recover()
+        candidates = _candidates(plan, store)
+        folder = store.begin(order.version)
+        try:
+            outcome = transfer(plan, checkpoint, folder, candidates, report)
+            checkpoint.check()
+            record = SnapshotRecord(
+                format=FORMAT,
+                version=order.version,
+                block=order.block,
+                sequence=max((old.sequence for old in store.records()), default=0) + 1,
+                published_at=int(time.time()),
+                hotkey=order.signer.hotkey if order.signer else None,
+                orientation=orientation,
+                layers={number: layer.experts for number, layer in layers.items()},
+                config=dict(checkpoint.config) if checkpoint.config is not None else None,
+                units=_unit_records(plan, outcome, folder),
+                view_head=base64.b64encode(plan.head).decode("ascii"),
+                view=tuple(plan.extents()),
+            )
+            store.commit(folder, sign_record(record, order.signer) if order.signer else record)
+        except BaseException:
+            store.abandon(folder, order.version)
+            raise
+        retired = store.retire(order.keep)
+    return _publication(plan, outcome, order, tuple(retired), started)
+
+
+def sign_record(record: SnapshotRecord, signer: ManifestSigner) -> SnapshotRecord:
+    """The record with a signature over the manifest of every unit that is served."""
+    units = []
+    for unit in record.units:
+        if unit.kind != "rest":
+            fields = manifest_fields(record, unit, len(unit_envelope(record, unit)))
+            unit = structs.replace(unit, signature=signer.sign_fields(fields))
+        units.append(unit)
+    return structs.replace(record, units=tuple(units))
+
+
+def _candidates(plan: Plan, store: Store) -> dict[int, Path]:
+    """Unit index -> the current snapshot's file of the same unit, which it may turn out to equal."""
+    current = store.current()
+    if current is None:
+        return {}
+    try:
+        files = {unit.file for unit in read_record(store.folder(current)).units}
+    except StoreDamaged:
+        return {}
+    return {n: store.folder(current) / unit.file for n, unit in enumerate(plan.units) if unit.file in files}
+
+
+def _unit_records(plan: Plan, outcome: Outcome, folder: Path) -> tuple[UnitRecord, ...]:
+    assert outcome.view is not None
+    records = []
+    for item, done in zip(plan.units, outcome.units, strict=True):
+        assert done.digest is not None
+        records.append(
+            UnitRecord(
+                kind=item.kind,
+                group=item.group,
+                file=item.file,
+                size=item.size,
+                mtime_ns=os.stat(folder / item.file).st_mtime_ns,
+                sha256=done.digest.sha256,
+                chunks=done.digest.chunks,
+                experts=dict(item.experts),
+                signature=None,
+            )
+        )
+    full = UnitRecord(
+        kind="full", group=None, file=None, size=plan.size, mtime_ns=0, sha256=outcome.view.sha256,
+        chunks=outcome.view.chunks, experts={}, signature=None,
+    )  # fmt: skip
+    return (*records, full)
+
+
+def _publication(
+    plan: Plan, outcome: Outcome | None, order: _Order, retired: tuple[str, ...], started: float
+) -> Publication:
+    extents = plan.extents()
+    pieces = Counter(unit for run in plan.runs for unit, _ in run.targets)
+    results = outcome.units if outcome else (UnitOutcome(None, False),) * len(plan.units)
+    units = [
+        PublishedUnit(
+            unit=item.label,
+            file=item.file,
+            size=item.size,
+            tensors=len(item.tensors),
+            extents=pieces[number],
+            linked=done.linked,
+            content_hash=f"sha256:{done.digest.sha256}" if done.digest else None,
+        )
+        for number, (item, done) in enumerate(zip(plan.units, results, strict=True))
+    ]
+    view = outcome.view if outcome else None
+    units.append(
+        PublishedUnit("full", None, plan.size, len(plan.tensors), len(extents), False, view and f"sha256:{view.sha256}")
+    )
+    return Publication(
+        version=order.version,
+        block=order.block,
+        dry_run=order.dry_run,
+        units=tuple(units),
+        bytes_source=sum(run.length for run in plan.runs),
+        bytes_written=sum(unit.size for unit in units if unit.file and not unit.linked),
+        bytes_linked=sum(unit.size for unit in units if unit.linked),
+        bytes_repeated=sum(run.length * (len(run.targets) - 1) for run in plan.runs),
+        retired=retired,
+        seconds=time.monotonic() - started,
+    )
+
+
+@contextmanager
+def _explained(store: Store, plan: Plan) -> Iterator[None]:
+    """Turn what the operating system refuses into a sentence, in one place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise StoreFailed(
+                f"there is not enough room at {store.path} for the new snapshot, which takes up to "
+                f"{sum(unit.size for unit in plan.units):,} bytes ({error.strerror}); nothing was published"
+            ) from error
+        raise StoreFailed(f"the store {store.path} cannot be written: {error}; nothing was published") from error

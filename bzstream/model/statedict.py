@@ -1,0 +1,83 @@
+"""A model in memory as a checkpoint: numpy arrays and torch tensors, without importing torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy
+
+from bzstream.model.checkpoint import Checkpoint
+from bzstream.model.errors import BadCheckpoint
+from bzstream.tensorfile import Tensor, tensor_bytes
+
+__all__ = ["open_state_dict"]
+
+_DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
+    "bool": "BOOL", "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
+}  # fmt: skip
+"""The name that torch, numpy and ml_dtypes give to a dtype -> safetensors' name for it."""
+
+
+class ArraySource:
+    """The bytes of one array or tensor. What is not contiguous in CPU memory is copied when it is first read, and
+    the copy is dropped when its last byte was read: the plan reads every tensor once, from its start to its end.
+    """
+
+    def __init__(self, name: str, value: Any) -> None:
+        self.name = name
+        self._value = value
+        self._bytes: memoryview | None = None
+
+    def read_into(self, offset: int, into: memoryview) -> None:
+        if self._bytes is None:
+            self._bytes = _bytes_of(self._value)
+        into[:] = self._bytes[offset : offset + len(into)]
+        if offset + len(into) == len(self._bytes):
+            self._bytes = None
+
+    def check(self) -> None:
+        """Memory has no time stamp; the caller keeps the tensors still."""
+
+    def close(self) -> None:
+        self._bytes = self._value = None
+
+
+def open_state_dict(tensors: Mapping[str, Any], config: Mapping[str, Any] | None) -> Checkpoint:
+    """The checkpoint behind a state dict. Raises BadCheckpoint for what is no tensor or has no safetensors dtype."""
+    checkpoint = Checkpoint([ArraySource(name, value) for name, value in tensors.items()], config)
+    for number, (name, value) in enumerate(tensors.items()):
+        if not isinstance(name, str) or not name.isprintable() or not name or name == "__metadata__":
+            raise BadCheckpoint(f"{name!r} is no name for a tensor")
+        if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+            raise BadCheckpoint(f"{name} is {type(value).__name__}, no numpy array or torch tensor")
+        dtype = _DTYPES.get(str(value.dtype).removeprefix("torch."))
+        if dtype is None:
+            raise BadCheckpoint(f"{name} has the dtype {value.dtype}, which safetensors files cannot hold")
+        shape = tuple(int(size) for size in value.shape)
+        checkpoint.add(number, [Tensor(name, dtype, shape, 0, tensor_bytes(dtype, shape))], 0)
+    if not checkpoint.size:
+        raise BadCheckpoint("the state dict has no tensors")
+    return checkpoint
+
+
+def _bytes_of(value: Any) -> memoryview:
+    """The bytes of a tensor, row-major and little-endian, without a copy where it lies so already."""
+    if not isinstance(value, numpy.ndarray):
+        value = value.detach().cpu().contiguous()
+        # Scalars first: torch reinterprets only the last dimension. uint8 is the one dtype that numpy always knows.
+        value = value.reshape(-1).view(_torch_uint8(value)).numpy()
+    array = numpy.ascontiguousarray(value)
+    if array.dtype.byteorder == ">":
+        array = array.astype(array.dtype.newbyteorder("<"))
+    return array.reshape(-1).view(numpy.uint8).data
+
+
+def _torch_uint8(tensor: Any) -> Any:
+    """`torch.uint8` by way of a tensor, as this module must not import torch."""
+    return tensor.new_empty(0).byte().dtype
