@@ -1,0 +1,183 @@
+"""Accepting submissions: what the database is asked, the decision, and what is written, for many at once.
+
+The middle, `decide_all`, is pure. It runs inside a transaction that holds the writers' lock, so that what it was told
+about the ledger is still true when its decision is written: (hotkey, block_number) is taken once, whoever races.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sqlalchemy import Connection, bindparam, func, insert, literal_column, or_, select, tuple_, update
+
+from bzstream.submissions.records import Accepted, Candidate, Duplicate, Outcome, TooMany
+from bzstream.submissions.schema import db_now, submissions
+from bzstream.submissions.states import FINAL, STATUSES, WORKING, sources
+
+__all__ = ["Acceptance", "Decision", "Known", "decide_all"]
+
+_HISTORY = 32
+"""Evaluations that the estimate's mean is taken over: about one round of a small subnet."""
+_PACE_S = 1.0
+"""Seconds that a look at the queue and the history stays good for estimates: counting is linear in the queue."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the ledger holds about the candidates."""
+
+    taken: Mapping[tuple[str, int], tuple[str, str]]
+    """(hotkey, block_number) -> (submission_id, digest) of the one that was accepted."""
+    counts: Mapping[tuple[str, int], int]
+    """(hotkey, round) -> submissions accepted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Verdicts in the order of the candidates: an id for what is accepted, else the refusal."""
+
+    verdicts: Sequence[str | Duplicate | TooMany]
+    superseding: Sequence[tuple[str, int, str]]
+    """(hotkey, round, submission_id that counts now) where there were earlier ones."""
+
+
+def decide_all(candidates: Sequence[Candidate], known: Known, new_ids: Sequence[str]) -> Decision:
+    """Decide candidates one after the other, as if each had come alone. Pure.
+
+    409 comes before 429: whoever sends the same submission again learns its id even when the cycle's limit is reached.
+    """
+    taken, counts = dict(known.taken), dict(known.counts)
+    verdicts: list[str | Duplicate | TooMany] = []
+    counting: dict[tuple[str, int], str] = {}
+    for candidate, new_id in zip(candidates, new_ids, strict=True):
+        submission = candidate.submission
+        place, cycle = (submission.hotkey, submission.block_number), (submission.hotkey, candidate.round)
+        if place in taken:
+            submission_id, digest = taken[place]
+            verdicts.append(Duplicate(submission_id if digest == submission.digest else None))
+        elif counts.get(cycle, 0) >= candidate.max_per_cycle:
+            verdicts.append(TooMany(candidate.max_per_cycle))
+        else:
+            taken[place] = (new_id, submission.digest)
+            counts[cycle] = counts.get(cycle, 0) + 1
+            counting[cycle] = new_id
+            verdicts.append(new_id)
+    superseding = [
+        (hotkey, round_, new_id) for (hotkey, round_), new_id in counting.items() if counts[hotkey, round_] > 1
+    ]
+    return Decision(verdicts, superseding)
+
+
+class Acceptance:
+    """The operation that the writer runs for waiting submissions; it remembers the queue's pace between batches."""
+
+    def __init__(self) -> None:
+        self._pace = _Pace(0, 1, None)
+        self._pace_until = 0.0
+
+    def __call__(self, connection: Connection, candidates: Sequence[Candidate]) -> Sequence[Outcome]:
+        """Decide the candidates and write down what is accepted. The connection holds the writers' lock."""
+        decision = decide_all(candidates, _known(connection, candidates), [str(uuid.uuid4()) for _ in candidates])
+        outcomes: list[Outcome] = []
+        rows: list[dict[str, object]] = []
+        for candidate, verdict in zip(candidates, decision.verdicts, strict=True):
+            if isinstance(verdict, str):
+                pace = self._next_pace(connection)
+                outcomes.append(Accepted(verdict, pace.ahead, pace.lanes, pace.seconds))
+                rows.append(_row(candidate, verdict))
+            else:
+                outcomes.append(verdict)
+        if rows:
+            connection.execute(_INSERT, rows)
+        if decision.superseding:
+            connection.execute(_SUPERSEDE, [dict(zip(_BY, values, strict=True)) for values in decision.superseding])
+        return outcomes
+
+    def _next_pace(self, connection: Connection) -> _Pace:
+        now = time.monotonic()
+        if now >= self._pace_until:
+            self._pace = _Pace(
+                connection.execute(_UNFINISHED).scalar_one(),
+                max(1, connection.execute(_LANES).scalar_one()),
+                connection.execute(_SECONDS).scalar_one(),
+            )
+            self._pace_until = now + _PACE_S
+        pace = self._pace
+        self._pace = _Pace(pace.ahead + 1, pace.lanes, pace.seconds)
+        return pace
+
+
+class _Pace(NamedTuple):
+    ahead: int
+    lanes: int
+    seconds: float | None
+
+
+def _known(connection: Connection, candidates: Sequence[Candidate]) -> Known:
+    places = {(c.submission.hotkey, c.submission.block_number) for c in candidates}
+    cycles = {(c.round, c.submission.hotkey) for c in candidates}
+    taken = connection.execute(_TAKEN, {"places": sorted(places)})
+    counts = connection.execute(_COUNTS, {"cycles": sorted(cycles)})
+    return Known(
+        {(hotkey, block): (submission_id, digest) for hotkey, block, submission_id, digest in taken},
+        {(hotkey, round_): count for hotkey, round_, count in counts},
+    )
+
+
+def _row(candidate: Candidate, submission_id: str) -> dict[str, object]:
+    submission = candidate.submission
+    return {
+        "submission_id": submission_id,
+        "hotkey": submission.hotkey,
+        "block_number": submission.block_number,
+        "expert_group": submission.expert_group,
+        "checkpoint_url": submission.checkpoint_url,
+        "checkpoint_hash": submission.checkpoint_hash,
+        "signature": submission.signature,
+        "digest": submission.digest,
+        "round": candidate.round,
+        "status": "queued",
+        "attempts": 0,
+    }
+
+
+_table = submissions.c
+
+_TAKEN = select(_table.hotkey, _table.block_number, _table.submission_id, _table.digest).where(
+    tuple_(_table.hotkey, _table.block_number).in_(bindparam("places", expanding=True))
+)
+_COUNTS = (
+    select(_table.hotkey, _table.round, func.count())
+    .where(tuple_(_table.round, _table.hotkey).in_(bindparam("cycles", expanding=True)))
+    .group_by(_table.round, _table.hotkey)
+)
+_BY = ("of_hotkey", "of_round", "by")
+_INSERT = insert(submissions).values(received_at=db_now())
+_SUPERSEDE = (
+    update(submissions)
+    .where(
+        _table.hotkey == bindparam("of_hotkey"),
+        _table.round == bindparam("of_round"),
+        _table.submission_id != bindparam("by"),
+        or_(*(_table.status == status for status in sources("rejected"))),  # executemany takes no list
+    )
+    .values(
+        status="rejected", reason="superseded", score=0.0, finished_at=db_now(), lease_token=None, lease_expires=None
+    )
+)
+_UNFINISHED = select(func.count()).where(_table.status.in_([status for status in STATUSES if status not in FINAL]))
+_LANES = select(func.count(_table.worker.distinct())).where(
+    _table.status.in_(sorted(WORKING)), _table.lease_expires > db_now()
+)
+_recent = (
+    select((_table.finished_at - _table.evaluating_at).label("seconds"))
+    .where(_table.status == "scored")
+    .order_by(_table.finished_at.desc())
+    .limit(_HISTORY)
+    .subquery()
+)
+_SECONDS = select(func.avg(literal_column("seconds"))).select_from(_recent)

@@ -1,0 +1,288 @@
+"""The ledger: submissions, their fate, and the chain's state, durable and shared by every process of the node.
+
+`Ledger` is for ordinary threads (the evaluator, commands), `AsyncLedger` the same for an event loop (the http worker,
+the chain role). Writes go through one thread that commits them in groups (`writer`), reads through another with its
+own connection, so that neither waits for the loop nor the loop for them. Open a ledger after forking, not before.
+
+A worker asks for the chain's state several times a second: one indexed row, whose large part (who is registered) is
+fetched only when its version changed. Its age is measured by the database's clock on both sides, so that machines with
+different clocks agree on what is stale.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self, TypeVar
+
+from sqlalchemy import Connection, bindparam, func, insert, select, update
+
+from bzstream.chain.state import ChainState
+from bzstream.submissions.accepting import Acceptance
+from bzstream.submissions.database import Database, LedgerUnavailable
+from bzstream.submissions.leases import (
+    RECORD,
+    Advance,
+    Claim,
+    LeaseLost,
+    Renewal,
+    advance_all,
+    claim_all,
+    record_of,
+    reject_all,
+    renew_all,
+)
+from bzstream.submissions.records import Candidate, Job, Outcome, Record, RoundScores
+from bzstream.submissions.schema import LedgerError, chain_state, db_now, migrate, submissions, weights_set
+from bzstream.submissions.states import FINAL, Status, may_follow
+from bzstream.submissions.writer import Writer
+
+__all__ = ["AsyncLedger", "LeaseLost", "Ledger", "LedgerError", "LedgerUnavailable"]
+
+_T = TypeVar("_T")
+
+_ID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
+
+MAX_ATTEMPTS = 3
+"""Evaluators that one submission may cost before it is `failed`."""
+
+
+class _Base:
+    """What both faces share: the threads, and the reader's memory of the chain's state."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._writer = Writer(database)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="ledger-reader")
+        self._accept = Acceptance()
+        self._registered: tuple[int, dict[str, Any]] | None = None
+
+    @classmethod
+    def open(cls, where: str | Path) -> Self:
+        """Open (and create or migrate) the ledger: a file for SQLite, or a postgresql:// URL. Raises LedgerError."""
+        database = Database(where)
+        try:
+            with database.write() as connection:
+                migrate(connection)
+        except BaseException:
+            database.close()
+            raise
+        return cls(database)
+
+    def close(self) -> None:
+        """Commit what waits, then let go of the database."""
+        self._writer.close()
+        self._reader.shutdown()
+        self._database.close()
+
+    def _reading(self, work: Callable[[Connection], _T]) -> _T:
+        with self._database.read() as connection:
+            return work(connection)
+
+    def _chain_state(self, connection: Connection) -> ChainState | None:
+        row = connection.execute(_CHAIN_HEAD).one_or_none()
+        if row is None:
+            return None
+        if self._registered is None or self._registered[0] != row.version:
+            payload = connection.execute(select(chain_state.c.payload)).scalar_one()
+            self._registered = (row.version, _unpack(payload))
+        return ChainState(block=row.block, observed_at=time.time() - row.age, frozen=row.frozen, **self._registered[1])
+
+
+class Ledger(_Base):
+    """The ledger for ordinary threads; every method waits. All may raise LedgerUnavailable."""
+
+    def accept(self, candidate: Candidate) -> Outcome:
+        """Take a submission in, or say why not. When it returns Accepted the submission is on disk."""
+        return self._writer.call(self._accept, candidate)
+
+    def find(self, submission_id: str) -> Record | None:
+        """The submission with this id."""
+        return self._read(lambda connection: _find(connection, submission_id))
+
+    def scores(self, round_: int | None = None) -> RoundScores | None:
+        """One round's submissions; without a number the latest round with results. None when there is no such round."""
+        return self._read(lambda connection: _scores(connection, round_))
+
+    def chain_state(self) -> ChainState | None:
+        """What the chain role wrote last; None before it wrote anything."""
+        return self._read(self._chain_state)
+
+    def write_chain_state(self, state: ChainState) -> None:
+        """Replace the chain's state, or confirm it (the chain role's heartbeat)."""
+        self._writer.call(_write_chain_state, state)
+
+    def claim(self, worker: str, *, lease_s: float, limit: int = 1, max_attempts: int = MAX_ATTEMPTS) -> list[Job]:
+        """Up to `limit` jobs, oldest first, now `fetching` under a lease of `lease_s` seconds."""
+        return self._writer.call(claim_all, Claim(worker, limit, lease_s, max_attempts))
+
+    def renew(self, jobs: Sequence[Job], *, lease_s: float) -> frozenset[str]:
+        """Hold jobs for `lease_s` seconds from now; the ids of those that are still held, the others are lost."""
+        return self._writer.call(renew_all, Renewal(tuple(jobs), lease_s))
+
+    def advance(
+        self,
+        job: Job,
+        status: Status,
+        *,
+        reason: str | None = None,
+        content_hash: str | None = None,
+        model_version: str | None = None,
+        baseline_loss: float | None = None,
+        loss: float | None = None,
+        score: float | None = None,
+    ) -> Job:
+        """Bring a job into its next status and write what is given; final ones end the lease. Raises LeaseLost.
+
+        `rejected` has score 0 and `failed` none; `queued` gives the job back (its attempt then does not count).
+        Raises ValueError for a step that the table of states does not have.
+        """
+        if not may_follow(job.record.status, status):
+            raise ValueError(f"a submission does not come from {job.record.status} to {status}")
+        given = {
+            "reason": reason,
+            "content_hash": content_hash,
+            "model_version": model_version,
+            "baseline_loss": baseline_loss,
+            "loss": loss,
+            "score": 0.0 if status == "rejected" else score,
+        }
+        values = {name: value for name, value in given.items() if value is not None}
+        advanced = self._writer.call(advance_all, Advance(job, status, values))
+        if isinstance(advanced, LeaseLost):
+            raise advanced
+        return advanced
+
+    def reject(self, submission_id: str, reason: str) -> bool:
+        """Turn a finished submission into `rejected` (a copy, found out later); False when it was rejected already."""
+        return self._writer.call(reject_all, (submission_id, reason))
+
+    def weights_are_set(self, round_: int) -> bool:
+        """Whether the weights of a round are confirmed on the chain."""
+        return self._read(lambda connection: _weights_are_set(connection, round_))
+
+    def confirm_weights(self, round_: int) -> None:
+        """Remember that the weights of a round are confirmed on the chain."""
+        self._writer.call(_confirm_weights, round_)
+
+    def _read(self, work: Callable[[Connection], _T]) -> _T:
+        return self._reader.submit(self._reading, work).result()
+
+
+class AsyncLedger(_Base):
+    """The ledger for an event loop: nothing here blocks it. All may raise LedgerUnavailable."""
+
+    async def accept(self, candidate: Candidate) -> Outcome:
+        """As Ledger.accept. A caller that is cancelled meanwhile may still have been accepted."""
+        return await self._writer.submit(self._accept, candidate)
+
+    async def find(self, submission_id: str) -> Record | None:
+        """As Ledger.find."""
+        return await self._read(lambda connection: _find(connection, submission_id))
+
+    async def scores(self, round_: int | None = None) -> RoundScores | None:
+        """As Ledger.scores."""
+        return await self._read(lambda connection: _scores(connection, round_))
+
+    async def chain_state(self) -> ChainState | None:
+        """As Ledger.chain_state."""
+        return await self._read(self._chain_state)
+
+    async def write_chain_state(self, state: ChainState) -> None:
+        """As Ledger.write_chain_state."""
+        await self._writer.submit(_write_chain_state, state)
+
+    async def weights_are_set(self, round_: int) -> bool:
+        """As Ledger.weights_are_set."""
+        return await self._read(lambda connection: _weights_are_set(connection, round_))
+
+    async def confirm_weights(self, round_: int) -> None:
+        """As Ledger.confirm_weights."""
+        await self._writer.submit(_confirm_weights, round_)
+
+    async def _read(self, work: Callable[[Connection], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._reader, self._reading, work)
+
+
+_table = submissions.c
+_CHAIN_HEAD = select(
+    chain_state.c.version,
+    chain_state.c.block,
+    chain_state.c.frozen,
+    (db_now() - chain_state.c.observed_at).label("age"),
+)
+_FIND = select(*RECORD).where(_table.submission_id == bindparam("id"))
+_COUNTED = func.coalesce(_table.reason, "") != "superseded"
+_LATEST = select(func.max(_table.round)).where(_table.status.in_(sorted(FINAL)), _COUNTED)
+_ROUND = select(*RECORD).where(_table.round == bindparam("round"), _COUNTED).order_by(_table.seq)
+
+
+def _find(connection: Connection, submission_id: str) -> Record | None:
+    if not _ID.fullmatch(submission_id):  # PostgreSQL takes no NUL in a text
+        return None
+    row = connection.execute(_FIND, {"id": submission_id}).one_or_none()
+    return None if row is None else record_of(row)
+
+
+def _scores(connection: Connection, round_: int | None) -> RoundScores | None:
+    if round_ is None:
+        round_ = connection.execute(_LATEST).scalar_one()
+    records = tuple(record_of(row) for row in connection.execute(_ROUND, {"round": round_}))
+    if round_ is None or not records:
+        return None
+    version = next((record.model_version for record in records if record.model_version is not None), None)
+    return RoundScores(round_, version, records)
+
+
+def _weights_are_set(connection: Connection, round_: int) -> bool:
+    return connection.execute(select(weights_set).where(weights_set.c.round == round_)).first() is not None
+
+
+def _confirm_weights(connection: Connection, rounds: Sequence[int]) -> Sequence[None]:
+    for round_ in rounds:
+        if not _weights_are_set(connection, round_):
+            connection.execute(insert(weights_set).values(round=round_, confirmed_at=db_now()))
+    return [None] * len(rounds)
+
+
+def _write_chain_state(connection: Connection, states: Sequence[ChainState]) -> Sequence[None]:
+    state = states[-1]  # the newest makes those before it moot
+    payload = _pack(state)
+    held = connection.execute(select(chain_state.c.version, chain_state.c.payload)).one_or_none()
+    values: dict[str, Any] = {
+        "block": state.block,
+        "frozen": state.frozen,
+        "observed_at": db_now() - state.age(),
+    }
+    if held is None:
+        connection.execute(insert(chain_state).values(id=1, version=1, payload=payload, **values))
+    else:
+        if held.payload != payload:
+            values |= {"version": held.version + 1, "payload": payload}
+        connection.execute(update(chain_state).values(**values))
+    return [None] * len(states)
+
+
+def _pack(state: ChainState) -> str:
+    return json.dumps(
+        {
+            "validators": sorted(state.validators),
+            "miners": None if state.miners is None else sorted(state.miners),
+            "hashes": {str(block): value for block, value in sorted(state.hashes.items())},
+        }
+    )
+
+
+def _unpack(payload: str) -> dict[str, Any]:
+    held = json.loads(payload)
+    return {
+        "validators": frozenset(held["validators"]),
+        "miners": None if held["miners"] is None else frozenset(held["miners"]),
+        "hashes": MappingProxyType({int(block): value for block, value in held["hashes"].items()}),
+    }

@@ -1,0 +1,134 @@
+"""The plain values that intake, ledger and evaluation hand to each other."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+from bzstream.submissions.states import Status
+
+__all__ = ["Accepted", "Candidate", "Duplicate", "Job", "Outcome", "Record", "RoundScores", "Submission", "TooMany"]
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """What a miner's request says, read and checked."""
+
+    hotkey: str
+    expert_group: int
+    checkpoint_url: str
+    block_number: int
+    checkpoint_hash: str | None
+    """`sha256:<64 hex digits>` of the file behind the URL, when the miner signed one."""
+    signature: str
+    """As sent: URL-safe base64."""
+    signed: bytes
+    """The canonical JSON that the signature covers."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the signed bytes in hex: two requests with the same one say the same."""
+        return hashlib.sha256(self.signed).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A submission that passed every check but those that only the ledger can make."""
+
+    submission: Submission
+    round: int
+    """First block of the submit phase that it came in."""
+    max_per_cycle: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The submission is durable and queued."""
+
+    submission_id: str
+    ahead: int
+    """Unfinished submissions before it."""
+    lanes: int
+    """Evaluators at work, at least 1."""
+    seconds: float | None
+    """Mean seconds of recent evaluations; None without history."""
+
+    def eta_blocks(self, *, blocks_to_seed: int, block_s: float) -> int:
+        """`evaluation_eta_blocks`: the wait for the round's seed, then the queue at the pace of recent evaluations.
+
+        Without history an evaluation counts as one block. At least 1.
+        """
+        seconds = block_s if self.seconds is None else self.seconds
+        return max(1, blocks_to_seed + math.ceil((self.ahead / self.lanes + 1) * seconds / block_s))
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """(hotkey, block_number) was accepted before; `submission_id` when it was with the very same signed body."""
+
+    submission_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TooMany:
+    """The hotkey has had `limit` submissions accepted in this cycle."""
+
+    limit: int
+
+
+Outcome = Accepted | Duplicate | TooMany
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A submission as the ledger holds it. Times are seconds since the epoch by the database's clock."""
+
+    submission_id: str
+    hotkey: str
+    expert_group: int
+    checkpoint_url: str
+    """For the evaluator alone; never shown."""
+    block_number: int
+    checkpoint_hash: str | None
+    round: int
+    status: Status
+    reason: str | None
+    received_at: float
+    fetched_at: float | None
+    finished_at: float | None
+    content_hash: str | None
+    """`sha256:<hex>` of the bytes that were fetched."""
+    model_version: str | None
+    baseline_loss: float | None
+    loss: float | None
+    score: float | None
+    attempts: int
+
+    @property
+    def precedence(self) -> float:
+        """When this one counts as made, for telling the first from a copy: the earlier wins.
+
+        The time of the submission if it signed a hash that the file turned out to have, else the time our fetch ended.
+        """
+        if self.checkpoint_hash is not None and self.checkpoint_hash == self.content_hash:
+            return self.received_at
+        return math.inf if self.fetched_at is None else self.fetched_at
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A claimed submission: the record as it was when claimed or last advanced, and the lease's token."""
+
+    record: Record
+    token: str
+    """Every change is conditional on it, so that whoever lost the lease can change nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundScores:
+    """The submissions that count in one round, in the order of their acceptance; superseded ones do not."""
+
+    round: int
+    model_version: str | None
+    results: tuple[Record, ...]

@@ -1,0 +1,139 @@
+"""Tables and migrations: the shape of the ledger, the same for SQLite and PostgreSQL.
+
+`MIGRATIONS[n]` brings a ledger from version n to n + 1; they run in one transaction under the writers' lock, so that
+any number of processes may open a new ledger at once. A ledger of a newer version is refused, never guessed at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Connection,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+    insert,
+    inspect,
+    select,
+    update,
+)
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
+
+from bzstream.errors import BzstreamError
+
+__all__ = ["MIGRATIONS", "LedgerError", "chain_state", "db_now", "migrate", "submissions", "weights_set"]
+
+
+class LedgerError(BzstreamError):
+    """The ledger cannot be opened or used; base of this room's errors about it."""
+
+
+class db_now(FunctionElement[float]):  # noqa: N801  it reads as the SQL function it stands for
+    """Seconds since the epoch by the database's clock: the one clock that every machine shares."""
+
+    type = Float(53)
+    inherit_cache = True
+
+
+@compiles(db_now, "sqlite")
+def _sqlite_now(_element: Any, _compiler: Any, **_: Any) -> str:
+    # 2440587.5 is the Julian day of 1970-01-01; unixepoch('subsec') needs SQLite 3.42. Resolution about 40 us.
+    return "((julianday('now') - 2440587.5) * 86400.0)"
+
+
+@compiles(db_now, "postgresql")
+def _postgresql_now(_element: Any, _compiler: Any, **_: Any) -> str:
+    # clock_timestamp, not now(): the latter stands still within a transaction, which may have waited for the lock.
+    return "cast(extract(epoch from clock_timestamp()) as double precision)"
+
+
+_metadata = MetaData()
+
+schema_version = Table("schema_version", _metadata, Column("version", Integer, nullable=False))
+
+_Serial = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by itself for INTEGER PRIMARY KEY only
+
+submissions = Table(
+    "submissions",
+    _metadata,
+    Column("seq", _Serial, primary_key=True, autoincrement=True),  # the order of acceptance
+    Column("submission_id", Text, nullable=False, unique=True),
+    Column("hotkey", Text, nullable=False),
+    Column("block_number", BigInteger, nullable=False),
+    Column("expert_group", BigInteger, nullable=False),
+    Column("checkpoint_url", Text, nullable=False),
+    Column("checkpoint_hash", Text),
+    Column("signature", Text, nullable=False),
+    Column("digest", Text, nullable=False),  # SHA-256 of the signed bytes
+    Column("round", BigInteger, nullable=False),
+    Column("status", Text, nullable=False),
+    Column("reason", Text),
+    Column("received_at", Float(53), nullable=False),
+    Column("fetched_at", Float(53)),
+    Column("evaluating_at", Float(53)),
+    Column("finished_at", Float(53)),
+    Column("content_hash", Text),
+    Column("model_version", Text),
+    Column("baseline_loss", Float(53)),
+    Column("loss", Float(53)),
+    Column("score", Float(53)),
+    Column("attempts", Integer, nullable=False),
+    Column("worker", Text),
+    Column("lease_token", Text),
+    Column("lease_expires", Float(53)),
+    UniqueConstraint("hotkey", "block_number", name="one_per_hotkey_and_block"),
+    Index("submissions_of_a_round", "round", "hotkey"),
+    Index("submissions_by_status", "status", "seq"),
+    Index("submissions_by_end", "finished_at"),
+)
+
+chain_state = Table(
+    "chain_state",
+    _metadata,
+    Column("id", Integer, primary_key=True),  # one row, 1
+    Column("version", BigInteger, nullable=False),  # changes with `payload`, so that readers can skip an unchanged one
+    Column("block", BigInteger, nullable=False),
+    Column("frozen", Boolean, nullable=False),
+    Column("observed_at", Float(53), nullable=False),  # by the database's clock
+    Column("payload", Text, nullable=False),  # JSON: validators, miners, hashes
+)
+
+weights_set = Table(
+    "weights_set",
+    _metadata,
+    Column("round", BigInteger, primary_key=True, autoincrement=False),
+    Column("confirmed_at", Float(53), nullable=False),
+)
+
+
+def _first(connection: Connection) -> None:
+    _metadata.create_all(connection)
+    connection.execute(insert(schema_version).values(version=0))
+
+
+MIGRATIONS: Sequence[Callable[[Connection], None]] = (_first,)
+
+
+def migrate(connection: Connection, migrations: Sequence[Callable[[Connection], None]] = MIGRATIONS) -> None:
+    """Bring the ledger to the newest version. The caller holds the writers' lock. Raises LedgerError."""
+    version = 0
+    if inspect(connection).has_table(schema_version.name):
+        version = connection.execute(select(schema_version.c.version)).scalar_one()
+    if version > len(migrations):
+        raise LedgerError(
+            f"the ledger has schema version {version}, this bzstream knows {len(migrations)}; upgrade bzstream"
+        )
+    for migration in migrations[version:]:
+        migration(connection)
+    if version < len(migrations):
+        connection.execute(update(schema_version).values(version=len(migrations)))
