@@ -232,6 +232,16 @@ class Settings(_Section, frozen=True):
     log: LogSettings = LogSettings()
     metrics: MetricsSettings = MetricsSettings()
 
+    def store_path(self) -> Path:
+        """The store. Raises ConfigError when none is named."""
+        if self.store.path is None:
+            raise ConfigError("no store is named; give --store, the folder that `bzstream publish` writes")
+        return Path(self.store.path)
+
+    def ledger_location(self) -> str:
+        """A file for SQLite, or a postgresql:// URL."""
+        return self.ledger.url or str(self.store_path() / "ledger.sqlite")
+
 
 _ALIASES = {"BZ_TOKENS_FILE": ("auth", "tokens_file"), "BZ_LEDGER": ("ledger", "url")}
 """Environment names of the contract that do not follow BZ_<SECTION>_<NAME>."""

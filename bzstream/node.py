@@ -33,6 +33,7 @@ import uvloop
 from bzstream import logs
 from bzstream.config import Settings
 from bzstream.errors import BzstreamError
+from bzstream.http import Server
 
 __all__ = ["NodeError", "Role", "serve"]
 
@@ -150,7 +151,7 @@ class _Supervisor:
         loop.add_signal_handler(signal.SIGTERM, self._stop)
         loop.add_signal_handler(signal.SIGINT, self._stop)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
-        metrics = await self._serve_metrics()
+        metrics = self._serve_metrics()
         keepers = [asyncio.create_task(self._keep(child)) for child in self._children()]
         if self.sockets:
             host, port = self.sockets[0].getsockname()[:2]
@@ -161,7 +162,7 @@ class _Supervisor:
         self._signal(signal.SIGTERM)
         await self._end(keepers)
         if metrics is not None:
-            metrics.close()
+            await metrics.close()
         return 0
 
     def _children(self) -> list[Child]:
@@ -235,21 +236,23 @@ class _Supervisor:
 
     async def _end(self, keepers: list[asyncio.Task[None]]) -> None:
         """Wait for the children to drain; kill what is left at the deadline, or at a second signal."""
-        done = asyncio.gather(*keepers)
-        impatient = asyncio.create_task(self.impatient.wait())
+        everybody = asyncio.ensure_future(asyncio.wait(keepers))
+        impatient = asyncio.ensure_future(self.impatient.wait())
         grace = self.settings.http.drain_s + KILL_GRACE_S
-        await asyncio.wait({done, impatient}, timeout=grace, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([everybody, impatient], timeout=grace, return_when=asyncio.FIRST_COMPLETED)
         impatient.cancel()
-        if not done.done():
+        if not everybody.done():
             self._signal(signal.SIGKILL)
-        await done
+        await everybody
 
-    async def _serve_metrics(self) -> Any:
+    def _serve_metrics(self) -> Server | None:
         if self.settings.metrics.port is None:
             return None
         from bzstream.api.metrics import serve_metrics
 
-        return await serve_metrics(self.settings.metrics, self.log)
+        server, port = serve_metrics(self.settings.metrics)
+        self.log.info("serving metrics", host=self.settings.metrics.host, port=port)
+        return server
 
 
 def metrics_of_dead(pid: int) -> None:
@@ -330,8 +333,7 @@ async def _run(child: Child, stop: asyncio.Event, changes: asyncio.Queue[Setting
     else:
         from bzstream.evaluation import role as evaluation_role
 
-        assert child.settings.store.path is not None
-        await evaluation_role.run(child.settings, Path(child.settings.store.path), device=child.device, stop=stop)
+        await evaluation_role.run(child.settings, child.settings.store_path(), device=child.device, stop=stop)
 
 
 if __name__ == "__main__":

@@ -67,14 +67,14 @@ class Manifest(Struct, frozen=True):
 
 
 class UnitEntry(Struct, frozen=True):
-    """One unit of one version. `etag_enveloped` is null for the full model, which has no envelope."""
+    """One unit of one version. The full model has no envelope: its two ETags are one."""
 
-    unit: Literal["partial", "shared", "full"]
+    unit: str
     expert_group: Natural | None
     size: Annotated[int, Meta(ge=0, description="Payload bytes")]
     content_hash: ContentHash
     etag: str
-    etag_enveloped: str | None
+    etag_enveloped: str
 
 
 class VersionEntry(Struct, frozen=True):

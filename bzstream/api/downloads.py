@@ -62,7 +62,7 @@ class Downloads:
         """Current and retained versions with every unit's size and hashes."""
         authorise(request, self._view.settings.auth, loopback=self._view.loopback)
         current = self._current()
-        versions = [_entry(snapshot) for snapshot in self._view.library.snapshots()]
+        versions = [_entry(snapshot) for snapshot in self._view.library.versions()]
         return Response.json(ModelIndex(current.version, versions), headers=(CACHE_CONTROL,))
 
     def _send(self, request: Request, kind: Kind) -> Representation:
@@ -79,7 +79,7 @@ class Downloads:
                 ("X-Content-Hash", unit.content_hash),
                 CACHE_CONTROL,
             ),
-            label=kind if unit.group is None else f"{kind}/{unit.group}",
+            label=unit.label,
         )
 
     def _manifest(self, request: Request, kind: Kind) -> Response:
@@ -158,9 +158,9 @@ def _entry(snapshot: Snapshot) -> VersionEntry:
             size=unit.size,
             content_hash=unit.content_hash,
             etag=unit.etag,
-            etag_enveloped=unit.etag_enveloped if unit.envelope else None,
+            etag_enveloped=unit.etag_enveloped,
         )
-        for unit in snapshot.units
+        for unit in snapshot.units.values()
     ]
     published = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(snapshot.published_at))
     return VersionEntry(snapshot.version, snapshot.block, published, units)

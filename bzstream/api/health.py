@@ -52,5 +52,5 @@ class Healthy:
             view.evaluator_seen is None or now - view.evaluator_seen > EVALUATOR_SILENCE_S
         ):
             found.append("no evaluator is running")
-        found += [f"the file of {label} was damaged on disk" for label in view.library.damaged]
+        found += [f"the file of {label} was damaged on disk" for label in view.damaged]
         return found

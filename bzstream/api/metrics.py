@@ -9,15 +9,26 @@ Labels are bounded: routes are patterns, units those of the store, methods the o
 
 from __future__ import annotations
 
+import socket
 import traceback
 from pathlib import Path
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, multiprocess
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+    multiprocess,
+)
 
-from bzstream.http import HttpError, Request, RequestRecord
+from bzstream.config import HttpSettings, MetricsSettings
+from bzstream.errors import BzstreamError
+from bzstream.http import Endpoint, Request, RequestRecord, Response, Router, Server, SilentObserver
 
-__all__ = ["CHAIN_AGE", "DOWNLOADS", "RESTARTS", "SNAPSHOT_BLOCK", "SNAPSHOT_TIME", "Telemetry", "exposition"]
+__all__ = ["CHAIN_AGE", "DOWNLOADS", "RESTARTS", "SNAPSHOT_BLOCK", "SNAPSHOT_TIME", "Telemetry", "serve_metrics"]
 
 REQUESTS = Counter("bzstream_http_requests", "Answered requests", ["method", "route", "status"])
 SENT = Counter("bzstream_http_sent_bytes", "Body bytes handed to the kernel", ["route"])
@@ -45,20 +56,46 @@ SNAPSHOT_BLOCK = Gauge("bzstream_snapshot_block", "Block of the current snapshot
 SNAPSHOT_TIME = Gauge(
     "bzstream_snapshot_published_seconds", "When the current snapshot was published", multiprocess_mode="livemostrecent"
 )
-CHAIN_AGE = Gauge(
-    "bzstream_chain_age_seconds", "Since the chain was last heard of", multiprocess_mode="livemostrecent"
-)
+CHAIN_AGE = Gauge("bzstream_chain_age_seconds", "Since the chain was last heard of", multiprocess_mode="livemostrecent")
 RESTARTS = Counter("bzstream_child_restarts", "Children that died and were started again", ["role"])
 DAMAGED = Counter("bzstream_damaged_files", "Files found shorter or changed while they were served")
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH"})
 
 
-def exposition() -> bytes:
-    """All processes' figures as Prometheus text."""
-    registry = CollectorRegistry()
-    multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    return generate_latest(registry)
+class _Exposition:
+    """`bzstream.http.Application` with one endpoint: all processes' figures as Prometheus text."""
+
+    def __init__(self) -> None:
+        self._router = Router()
+        self._router.add("GET", "/metrics", Endpoint(self._metrics))
+
+    def admit(self, request: Request) -> Endpoint:
+        return self._router.match(request)
+
+    def _metrics(self, _: Request) -> Response:
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return Response(200, (("Content-Type", CONTENT_TYPE_LATEST),), generate_latest(registry))
+
+
+def serve_metrics(settings: MetricsSettings) -> tuple[Server, int]:
+    """Answer /metrics on the running loop: (the server, to be closed; its port). Raises BzstreamError for a busy port.
+
+    The listener has no token: it shows figures alone, and by default only to this machine.
+    """
+    assert settings.port is not None
+    try:
+        listener = socket.create_server((settings.host, settings.port))
+    except OSError as error:
+        raise BzstreamError(
+            f"cannot serve metrics on {settings.host} port {settings.port}: {error.strerror}; set metrics.port"
+        ) from None
+    listener.setblocking(False)
+    server = Server(HttpSettings(), _Exposition(), SilentObserver())
+    port: int = listener.getsockname()[1]
+    server.start([listener])
+    return server, port
 
 
 class Telemetry:

@@ -15,7 +15,7 @@ from bzstream.chain.proofs import NonceCache
 from bzstream.chain.state import ChainState
 from bzstream.config import Settings
 from bzstream.model import Library
-from bzstream.submissions import Ledger
+from bzstream.submissions.ledger import AsyncLedger
 
 __all__ = ["View"]
 
@@ -27,13 +27,15 @@ class View:
     settings: Settings
     library: Library
     tokens: TokensFile
-    ledger: Ledger | None
+    ledger: AsyncLedger | None
     """None until the ledger could be opened; only /submit, /submissions and /scores need it."""
     loopback: bool
     """Whether the listener's own address is a loopback one: nothing crosses a network in clear."""
     chain: ChainState | None = None
     evaluator_seen: float | None = None
     """Epoch seconds at which an evaluator last said that it lives; None: never."""
+    damaged: list[str] = field(default_factory=list)
+    """Labels of units whose file was cut or changed on disk."""
     draining: bool = False
     nonces: NonceCache = field(default_factory=NonceCache)
 

@@ -23,7 +23,7 @@ from bzstream.config import Settings
 from bzstream.errors import BzstreamError
 from bzstream.http import Server
 from bzstream.model import Library
-from bzstream.submissions import Ledger
+from bzstream.submissions.ledger import AsyncLedger
 
 __all__ = ["run"]
 
@@ -37,12 +37,11 @@ async def run(
 
     Raises BzstreamError when the worker cannot start.
     """
-    assert settings.store.path is not None
     shared = check_shared_token(settings.auth.token)
     tokens_file = Path(settings.auth.tokens_file) if settings.auth.tokens_file else None
     view = View(
         settings=settings,
-        library=Library(Path(settings.store.path)),
+        library=Library(settings.store_path(), warn=lambda text: log.warning(text)),
         tokens=TokensFile(shared, tokens_file),
         ledger=None,
         loopback=ip_address(listener.getsockname()[0]).is_loopback,
@@ -50,7 +49,7 @@ async def run(
     server = Server(settings.http, Api(view), Telemetry())
     poll = settings.store.poll_s
     await _refresh_library(view)
-    await server.start([listener])
+    server.start([listener])
     pollers = [
         asyncio.create_task(_every(poll, lambda: _refresh_library(view))),
         asyncio.create_task(_every(poll, lambda: _refresh_files(view, server))),
@@ -67,7 +66,7 @@ async def run(
             poller.cancel()
         await server.close()
         if view.ledger is not None:
-            await view.ledger.close()
+            await asyncio.to_thread(view.ledger.close)
 
 
 async def _every(seconds: float, step: Callable[[], Awaitable[None]]) -> None:
@@ -85,13 +84,13 @@ async def _every(seconds: float, step: Callable[[], Awaitable[None]]) -> None:
 
 
 async def _refresh_library(view: View) -> None:
-    if await asyncio.to_thread(view.library.poll):
-        view.library.install()
+    if view.library.refresh():
         current = view.library.current
         if current is not None:
             SNAPSHOT_BLOCK.set(current.block)
             SNAPSHOT_TIME.set(current.published_at)
             log.info("snapshot", version=current.version, block=current.block)
+    view.damaged = view.library.damaged
 
 
 async def _refresh_files(view: View, server: Server) -> None:
@@ -103,9 +102,8 @@ async def _refresh_files(view: View, server: Server) -> None:
 
 async def _refresh_chain(view: View) -> None:
     if view.ledger is None:
-        view.ledger = await Ledger.open(view.settings)
+        view.ledger = await asyncio.to_thread(AsyncLedger.open, view.settings.ledger_location())
     view.chain = await view.ledger.chain_state()
-    view.evaluator_seen = await view.ledger.evaluator_seen()
     if view.chain is not None:
         CHAIN_AGE.set(view.chain.age(time.time()))
 

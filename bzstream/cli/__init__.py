@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
+from pathlib import Path
 
 import typer
 
@@ -35,4 +37,10 @@ def main() -> None:
         app()
     except BzstreamError as error:
         print(f"bzstream: {error}", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        # Nothing that a person did wrong: say where it is, in a line that can be put into a report.
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(where.filename).name}:{where.lineno}"
+        print(f"bzstream: this is a bug ({type(error).__name__} in {place}: {error}); please report it", file=sys.stderr)
         sys.exit(1)

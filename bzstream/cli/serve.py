@@ -40,7 +40,7 @@ def serve(
     """
     from bzstream import node
     from bzstream.api.tokens import check_shared_token
-    from bzstream.config import ConfigError, Settings, load
+    from bzstream.config import Settings, load
 
     flags: dict[str, object] = {
         "store.path": _text(store),
@@ -63,8 +63,7 @@ def serve(
         frozenset(r.value for r in role) if role else frozenset(("http", "chain", "evaluator"))
     )
     now = settings()
-    if now.store.path is None:
-        raise ConfigError("no store is named; give --store, the folder that `bzstream publish` writes")
+    now.store_path()
     if "http" in roles:
         check_shared_token(now.auth.token)
     sys.exit(node.serve(now, roles, settings))

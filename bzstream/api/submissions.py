@@ -1,0 +1,88 @@
+"""The endpoints that take submissions in and tell what became of them."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+
+from bzstream.api.documents import ScoreRow, Scores, SubmissionStatus
+from bzstream.api.identity import authorise
+from bzstream.api.view import View
+from bzstream.http import HttpError, Request, Response
+from bzstream.submissions.ledger import AsyncLedger, LedgerUnavailable
+from bzstream.submissions.records import Record
+
+__all__ = ["Submissions"]
+
+_ROUND = re.compile(r"0|[1-9][0-9]{0,15}", re.ASCII)
+RETRY_SOON = (("Retry-After", "5"),)
+_NO_STORE = (("Cache-Control", "no-store"),)
+
+
+class Submissions:
+    """The handlers, over one worker's view."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+
+    async def submit(self, request: Request) -> Response:
+        raise NotImplementedError
+
+    async def status(self, request: Request) -> Response:
+        """One submission's state; never its URL."""
+        authorise(request, self._view.settings.auth, loopback=self._view.loopback)
+        ledger = self._ledger()
+        try:
+            record = await ledger.find(request.params["submission_id"])
+        except LedgerUnavailable as error:
+            raise unavailable(error) from None
+        if record is None:
+            raise HttpError(404, "unknown_submission", "there is no submission with this id")
+        return Response.json(_status(record), headers=_NO_STORE)
+
+    async def scores(self, request: Request) -> Response:
+        """The results of one round."""
+        text = request.query.get("round")
+        if text is not None and not _ROUND.fullmatch(text):
+            raise HttpError(400, "invalid_round", "round is a whole number: the first block of a submit phase")
+        authorise(request, self._view.settings.auth, loopback=self._view.loopback)
+        ledger = self._ledger()
+        try:
+            found = await ledger.scores(None if text is None else int(text))
+        except LedgerUnavailable as error:
+            raise unavailable(error) from None
+        if found is None:
+            raise HttpError(404, "unknown_round", "there is no round with results yet, or none of this number")
+        rows = [ScoreRow(r.hotkey, r.expert_group, r.submission_id, r.status, r.reason, r.score) for r in found.results]
+        return Response.json(Scores(found.round, found.model_version, rows), headers=_NO_STORE)
+
+    def _ledger(self) -> AsyncLedger:
+        if self._view.ledger is None:
+            raise HttpError(503, "ledger_unavailable", "submissions cannot be read or written now", RETRY_SOON)
+        return self._view.ledger
+
+
+def unavailable(error: LedgerUnavailable) -> HttpError:
+    """What a caller is told when the database does not answer: nothing about the database."""
+    return HttpError(503, "ledger_unavailable", "submissions cannot be read or written now; try again", RETRY_SOON)
+
+
+def _status(record: Record) -> SubmissionStatus:
+    return SubmissionStatus(
+        submission_id=record.submission_id,
+        hotkey=record.hotkey,
+        expert_group=record.expert_group,
+        block_number=record.block_number,
+        status=record.status,
+        reason=record.reason,
+        baseline_loss=record.baseline_loss,
+        loss=record.loss,
+        score=record.score,
+        received_at=_time(record.received_at),
+        finished_at=None if record.finished_at is None else _time(record.finished_at),
+    )
+
+
+def _time(seconds: float) -> str:
+    """RFC 3339 in UTC, to the millisecond."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
