@@ -146,11 +146,14 @@ def parse_head(raw: bytes, file_size: int, *, max_head: int = MAX_HEAD, aligned:
     return Head(tuple(tensors), metadata, data_start)
 
 
-def read_head(fd: int, *, max_head: int = MAX_HEAD, aligned: bool = False) -> Head:
-    """The head of an open file, by `parse_head`. Raises TensorFileError, and OSError when reading fails."""
-    file_size = os.fstat(fd).st_size
-    size = head_size(os.pread(fd, 8, 0), file_size, max_head=max_head)
-    return parse_head(os.pread(fd, size, 0), file_size, max_head=max_head, aligned=aligned)
+def read_head(fd: int, *, at: int = 0, max_head: int = MAX_HEAD, aligned: bool = False) -> Head:
+    """The head of the safetensors file that begins `at` bytes into an open file and ends with it, by `parse_head`.
+
+    Raises TensorFileError, and OSError when reading fails.
+    """
+    file_size = os.fstat(fd).st_size - at
+    size = head_size(os.pread(fd, 8, at), file_size, max_head=max_head)
+    return parse_head(os.pread(fd, size, at), file_size, max_head=max_head, aligned=aligned)
 
 
 def arrange(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> tuple[Tensor, ...]:
