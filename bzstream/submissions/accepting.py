@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sqlalchemy import Connection, bindparam, func, insert, literal_column, or_, select, tuple_, update
+from sqlalchemy import Connection, bindparam, func, insert, literal_column, or_, select, update
 
 from bzstream.submissions.records import Accepted, Candidate, Duplicate, Outcome, TooMany
 from bzstream.submissions.schema import db_now, submissions
@@ -118,10 +118,11 @@ class _Pace(NamedTuple):
 
 
 def _known(connection: Connection, candidates: Sequence[Candidate]) -> Known:
-    places = {(c.submission.hotkey, c.submission.block_number) for c in candidates}
-    cycles = {(c.round, c.submission.hotkey) for c in candidates}
-    taken = connection.execute(_TAKEN, {"places": sorted(places)})
-    counts = connection.execute(_COUNTS, {"cycles": sorted(cycles)})
+    hotkeys = sorted({candidate.submission.hotkey for candidate in candidates})
+    rounds = sorted({candidate.round for candidate in candidates})
+    blocks = [candidate.submission.block_number for candidate in candidates]
+    taken = connection.execute(_TAKEN, {"hotkeys": hotkeys, "low": min(blocks), "high": max(blocks)})
+    counts = connection.execute(_COUNTS, {"hotkeys": hotkeys, "rounds": rounds})
     return Known(
         {(hotkey, block): (submission_id, digest) for hotkey, block, submission_id, digest in taken},
         {(hotkey, round_): count for hotkey, round_, count in counts},
@@ -147,13 +148,19 @@ def _row(candidate: Candidate, submission_id: str) -> dict[str, object]:
 
 _table = submissions.c
 
+# One short range of an index for each hotkey: SQLite searches no index for `(a, b) IN (...)`, and blocks of one batch
+# lie in one cycle. What is found beyond the candidates does no harm.
 _TAKEN = select(_table.hotkey, _table.block_number, _table.submission_id, _table.digest).where(
-    tuple_(_table.hotkey, _table.block_number).in_(bindparam("places", expanding=True))
+    _table.hotkey.in_(bindparam("hotkeys", expanding=True)),
+    _table.block_number.between(bindparam("low"), bindparam("high")),
 )
 _COUNTS = (
     select(_table.hotkey, _table.round, func.count())
-    .where(tuple_(_table.round, _table.hotkey).in_(bindparam("cycles", expanding=True)))
-    .group_by(_table.round, _table.hotkey)
+    .where(
+        _table.round.in_(bindparam("rounds", expanding=True)),
+        _table.hotkey.in_(bindparam("hotkeys", expanding=True)),
+    )
+    .group_by(_table.hotkey, _table.round)
 )
 _BY = ("of_hotkey", "of_round", "by")
 _INSERT = insert(submissions).values(received_at=db_now())
@@ -176,7 +183,7 @@ _LANES = select(func.count(_table.worker.distinct())).where(
 _recent = (
     select((_table.finished_at - _table.evaluating_at).label("seconds"))
     .where(_table.status == "scored")
-    .order_by(_table.finished_at.desc())
+    .order_by(_table.seq.desc())
     .limit(_HISTORY)
     .subquery()
 )

@@ -40,7 +40,7 @@ from bzstream.submissions.leases import (
 )
 from bzstream.submissions.records import Candidate, Job, Outcome, Record, RoundScores
 from bzstream.submissions.schema import LedgerError, chain_state, db_now, migrate, submissions, weights_set
-from bzstream.submissions.states import FINAL, Status, may_follow
+from bzstream.submissions.states import FINAL, STATUSES, Status, may_follow
 from bzstream.submissions.writer import Writer
 
 __all__ = ["AsyncLedger", "LeaseLost", "Ledger", "LedgerError", "LedgerUnavailable"]
@@ -219,7 +219,13 @@ _CHAIN_HEAD = select(
 )
 _FIND = select(*RECORD).where(_table.submission_id == bindparam("id"))
 _COUNTED = func.coalesce(_table.reason, "") != "superseded"
-_LATEST = select(func.max(_table.round)).where(_table.status.in_(sorted(FINAL)), _COUNTED)
+# `not in` on purpose: it leaves the index by round, newest first, as the one to use.
+_LATEST = (
+    select(_table.round)
+    .where(_table.status.not_in([status for status in STATUSES if status not in FINAL]), _COUNTED)
+    .order_by(_table.round.desc())
+    .limit(1)
+)
 _ROUND = select(*RECORD).where(_table.round == bindparam("round"), _COUNTED).order_by(_table.seq)
 
 
@@ -232,7 +238,7 @@ def _find(connection: Connection, submission_id: str) -> Record | None:
 
 def _scores(connection: Connection, round_: int | None) -> RoundScores | None:
     if round_ is None:
-        round_ = connection.execute(_LATEST).scalar_one()
+        round_ = connection.execute(_LATEST).scalar_one_or_none()
     records = tuple(record_of(row) for row in connection.execute(_ROUND, {"round": round_}))
     if round_ is None or not records:
         return None

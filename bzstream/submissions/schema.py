@@ -94,7 +94,6 @@ submissions = Table(
     UniqueConstraint("hotkey", "block_number", name="one_per_hotkey_and_block"),
     Index("submissions_of_a_round", "round", "hotkey"),
     Index("submissions_by_status", "status", "seq"),
-    Index("submissions_by_end", "finished_at"),
 )
 
 chain_state = Table(

@@ -5,7 +5,8 @@ transaction takes all of them (up to `MAX_BATCH`), so that the more there is to 
 answered before the commit that carries his work has returned, and if it fails everybody in it is told so.
 
 Work of the same kind that stands together in the queue is handed over as one list, so that 64 submissions cost five
-statements rather than 320. Each such group runs in a savepoint; one that fails is taken apart, so that nobody fails with another.
+statements rather than 320. Each such group runs in a savepoint; one that fails is taken apart, so that
+nobody fails with another.
 """
 
 from __future__ import annotations
