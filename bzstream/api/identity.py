@@ -18,7 +18,7 @@ from bzstream.chain.proofs import PROOF_HEADERS, InvalidProof, NonceCache, carri
 from bzstream.config import AuthSettings
 from bzstream.http import HttpError, Request
 
-__all__ = ["Identity", "authenticate", "authorise"]
+__all__ = ["Identity", "authenticate", "authorise", "claimed_hotkey"]
 
 CHALLENGE = (("WWW-Authenticate", "Bearer"),)
 
@@ -71,13 +71,8 @@ def _prove(request: Request, node_hotkey: str, nonces: NonceCache) -> str:
         raise HttpError(401, "invalid_proof", str(error), CHALLENGE) from None
 
 
-def authorise(request: Request, settings: AuthSettings, *, loopback: bool) -> Identity:
-    """The caller's identity with its claim, after the checks that any endpoint with a token makes.
-
-    Raises HttpError 400 when X-Hotkey is malformed or repeated; 403 when the node cannot check proofs, when a bound
-    token came over a plain connection that is not loopback, and when the hotkeys named differ.
-    """
-    identity: Identity = request.context
+def claimed_hotkey(request: Request) -> str | None:
+    """What X-Hotkey says, or None without one. Raises HttpError 400 when it is repeated or no SS58 hotkey."""
     claims = request.headers.all("x-hotkey")
     if len(claims) > 1:
         raise HttpError(400, "invalid_hotkey", "X-Hotkey is repeated; send it once")
@@ -86,7 +81,17 @@ def authorise(request: Request, settings: AuthSettings, *, loopback: bool) -> Id
             decode_hotkey(claims[0])
         except InvalidHotkey as error:
             raise HttpError(400, "invalid_hotkey", f"X-Hotkey is not an SS58 hotkey: {error}") from None
-    claimed = claims[0] if claims else None
+    return claims[0] if claims else None
+
+
+def authorise(request: Request, settings: AuthSettings, *, loopback: bool) -> Identity:
+    """The caller's identity with its claim, after the checks that any endpoint with a token makes.
+
+    Raises HttpError 400 when X-Hotkey is malformed or repeated; 403 when the node cannot check proofs, when a bound
+    token came over a plain connection that is not loopback, and when the hotkeys named differ.
+    """
+    identity: Identity = request.context
+    claimed = claimed_hotkey(request)
     if identity.bound and not (loopback or request.secure or settings.allow_plaintext_tokens):
         raise HttpError(
             403, "plaintext_token", "this token names a hotkey and must not cross a network in clear; use https"

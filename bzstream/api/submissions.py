@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from datetime import UTC, datetime
 
+from bzstream.api import documents
 from bzstream.api.documents import ScoreRow, Scores, SubmissionStatus
-from bzstream.api.identity import authorise
+from bzstream.api.identity import authorise, claimed_hotkey
 from bzstream.api.view import View
 from bzstream.http import HttpError, Request, Response
+from bzstream.submissions.intake import Refused, Situation, decide, read_body, refusal_of
 from bzstream.submissions.ledger import AsyncLedger, LedgerUnavailable
-from bzstream.submissions.records import Record
+from bzstream.submissions.records import Accepted, Duplicate, Record
 
 __all__ = ["Submissions"]
 
@@ -26,7 +29,39 @@ class Submissions:
         self._view = view
 
     async def submit(self, request: Request) -> Response:
-        raise NotImplementedError
+        """202 once the submission is durable; the order of refusals is the contract's own for this endpoint."""
+        view = self._view
+        claim = claimed_hotkey(request)
+        bound: str | None = request.context.bound
+        snapshot = view.library.current
+        situation = Situation(
+            groups=None if snapshot is None else snapshot.groups,
+            chain=view.chain,
+            cycle=view.cycle,
+            stale_s=view.settings.chain.stale_s,
+            identities=[hotkey for hotkey in (bound, claim) if hotkey is not None],
+        )
+        try:
+            candidate = decide(read_body(request.body, view.settings.submit), situation, view.settings.submit)
+        except Refused as refused:
+            raise _refusal(refused) from None
+        authorise(request, view.settings.auth, loopback=view.loopback)
+        assert situation.chain is not None
+        block = situation.chain.block
+        try:
+            outcome = await self._ledger().accept(candidate)
+        except LedgerUnavailable:
+            raise _unavailable() from None
+        if not isinstance(outcome, Accepted):
+            wait_blocks = view.cycle.start(block) + view.cycle.length - block
+            refusal = refusal_of(outcome, retry_after=math.ceil(wait_blocks * view.settings.chain.block_s))
+            same = outcome.submission_id if isinstance(outcome, Duplicate) else None
+            if same is None:
+                raise _refusal(refusal)
+            body = {"detail": refusal.detail, "code": refusal.code, "submission_id": same}
+            return Response.json(body, status=refusal.status)
+        eta = outcome.eta_blocks(blocks_to_seed=view.cycle.blocks_to_seed(block), block_s=view.settings.chain.block_s)
+        return Response.json(documents.Accepted("accepted", outcome.submission_id, eta), status=202, headers=_NO_STORE)
 
     async def status(self, request: Request) -> Response:
         """One submission's state; never its URL."""
@@ -34,8 +69,8 @@ class Submissions:
         ledger = self._ledger()
         try:
             record = await ledger.find(request.params["submission_id"])
-        except LedgerUnavailable as error:
-            raise unavailable(error) from None
+        except LedgerUnavailable:
+            raise _unavailable() from None
         if record is None:
             raise HttpError(404, "unknown_submission", "there is no submission with this id")
         return Response.json(_status(record), headers=_NO_STORE)
@@ -49,8 +84,8 @@ class Submissions:
         ledger = self._ledger()
         try:
             found = await ledger.scores(None if text is None else int(text))
-        except LedgerUnavailable as error:
-            raise unavailable(error) from None
+        except LedgerUnavailable:
+            raise _unavailable() from None
         if found is None:
             raise HttpError(404, "unknown_round", "there is no round with results yet, or none of this number")
         rows = [ScoreRow(r.hotkey, r.expert_group, r.submission_id, r.status, r.reason, r.score) for r in found.results]
@@ -62,7 +97,13 @@ class Submissions:
         return self._view.ledger
 
 
-def unavailable(error: LedgerUnavailable) -> HttpError:
+def _refusal(refused: Refused) -> HttpError:
+    """A refusal of the intake rules as the HTTP core sends it."""
+    headers = () if refused.retry_after is None else (("Retry-After", str(refused.retry_after)),)
+    return HttpError(refused.status, refused.code, refused.detail, headers)
+
+
+def _unavailable() -> HttpError:
     """What a caller is told when the database does not answer: nothing about the database."""
     return HttpError(503, "ledger_unavailable", "submissions cannot be read or written now; try again", RETRY_SOON)
 
