@@ -1,0 +1,95 @@
+"""Where a validator is and what is wanted from it, as plain values: URLs, paths, headers and file names.
+
+Pure functions. A base URL may carry a path (a node behind a reverse proxy); it must not carry a query, a fragment or
+credentials: the token travels in a header, and URLs end up in logs.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, NamedTuple
+from urllib.parse import quote, urlsplit
+
+from bzstream.client.errors import BadUrl
+
+__all__ = ["VERSION_FORM", "Address", "Want", "parse_address"]
+
+VERSION_FORM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+"""A model version, as the HTTP contract spells it."""
+
+_HOST_FORM = re.compile(r"[A-Za-z0-9.:_%-]+", re.ASCII)
+_PREFIX_FORM = re.compile(r"(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)*", re.ASCII)  # RFC 3986 3.3: segments of pchar
+
+
+class Address(NamedTuple):
+    """One validator: `host` without brackets, `prefix` "" or a path without a trailing slash."""
+
+    scheme: Literal["http", "https"]
+    host: str
+    port: int
+    prefix: str
+
+    @property
+    def authority(self) -> str:
+        """For the Host header (RFC 9110 7.2): the default port of the scheme is left out."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == _DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.authority}{self.prefix}"
+
+
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def parse_address(url: str) -> Address:
+    """The address in `url`, such as `http://10.0.0.7:8000` or `https://validator.example/node`. Raises BadUrl."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise BadUrl(f"{url!r} is not a URL: {error}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise BadUrl(f"{url!r} is not the URL of a validator; write it like http://10.0.0.7:8000")
+    if parts.username is not None or parts.password is not None:
+        raise BadUrl("a URL of a validator holds no user or password; the token comes from BZ_AUTH_TOKEN")
+    if parts.query or parts.fragment:
+        raise BadUrl(f"{url!r} has a query or a fragment; give only where the validator is")
+    prefix = parts.path.rstrip("/")
+    if not _PREFIX_FORM.fullmatch(prefix) or not _HOST_FORM.fullmatch(parts.hostname):
+        raise BadUrl(f"{url!r} has characters that no URL may have; write it like http://10.0.0.7:8000")
+    scheme: Literal["http", "https"] = "https" if parts.scheme == "https" else "http"
+    return Address(scheme, parts.hostname, _DEFAULT_PORTS[scheme] if port is None else port, prefix)
+
+
+class Want(NamedTuple):
+    """One unit that somebody wants: a group's slice (`partial`), the `shared` tensors or the `full` model."""
+
+    kind: Literal["partial", "shared", "full"]
+    group: int | None = None
+
+    @property
+    def file_name(self) -> str:
+        """Name of the finished file."""
+        return {"partial": f"group-{self.group}", "shared": "shared", "full": "model"}[self.kind] + ".safetensors"
+
+    @property
+    def label(self) -> str:
+        """For a person."""
+        return {"partial": f"group {self.group}", "shared": "shared", "full": "full model"}[self.kind]
+
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        return [("X-Expert-Group", str(self.group))] if self.kind == "partial" else []
+
+    def target(self, prefix: str, version: str | None = None, *, manifest: bool = False) -> str:
+        """Path and query of the unit's bare safetensors bytes, or of its manifest."""
+        path = f"{prefix}/model/{self.kind}"
+        query = []
+        if manifest:
+            path += "/manifest"
+        elif self.kind != "full":
+            query.append("format=safetensors")
+        if version is not None:
+            query.append(f"version={quote(version, safe='')}")
+        return path + ("?" + "&".join(query) if query else "")

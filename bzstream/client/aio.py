@@ -1,0 +1,58 @@
+"""The same calls for asyncio: the transfer runs in a thread of its own, and cancelling the await stops it.
+
+A transfer is threads over blocking sockets because that is what fills memory fastest from Python; an event loop would
+only add a copy. So the coroutine waits for the thread, and when it is cancelled it stops the transfer and waits until
+its threads are gone before the cancellation goes on: no file is written after the caller believes that it is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from bzstream.client.pull import pull
+from bzstream.client.session import Session
+from bzstream.client.tensors import fetch_tensors
+
+__all__ = ["fetch_tensors_async", "pull_async"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _awaitable(call: Callable[P, T], name: str) -> Callable[P, Any]:
+    @functools.wraps(call)
+    async def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        opened: list[Session] = []
+        cancelled = False
+
+        def note(session: Session) -> None:
+            opened.append(session)
+            if cancelled:
+                session.stop()
+
+        kwargs["_opened"] = note
+        work = asyncio.create_task(asyncio.to_thread(call, *args, **kwargs))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            cancelled = True
+            for session in opened:
+                session.stop()
+            while not work.done():
+                with contextlib.suppress(BaseException):
+                    await asyncio.shield(work)
+            raise
+
+    run.__name__ = run.__qualname__ = name
+    return run
+
+
+pull_async: Callable[..., Any] = _awaitable(pull, "pull_async")
+"""`await pull_async(...)`: `pull` (a PullReport) without blocking the event loop."""
+
+fetch_tensors_async: Callable[..., Any] = _awaitable(fetch_tensors, "fetch_tensors_async")
+"""`await fetch_tensors_async(...)`: `fetch_tensors` without blocking the event loop."""

@@ -1,0 +1,105 @@
+"""What every call of the client's API begins with: arguments checked, a session opened."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from bzstream.chain.keys import InvalidHotkey, Key, decode_hotkey, load_key
+from bzstream.client.address import VERSION_FORM, Want, parse_address
+from bzstream.client.errors import ClientError
+from bzstream.client.identity import Identity
+from bzstream.client.session import Session
+from bzstream.client.tuning import Tuning
+
+__all__ = ["Options", "UsageError", "open_session", "settle_receiver", "unit_list"]
+
+MAX_GROUP = 999_999_999
+
+
+class UsageError(ClientError):
+    """The arguments of a call contradict each other or have a wrong form."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Who asks, for which version, how."""
+
+    hotkey: str | None = None
+    key: str | Key | None = None
+    token: str | None = None
+    validator_hotkey: str | None = None
+    version: str | None = None
+    ca_file: str | None = None
+    connections: int | None = None
+
+
+def unit_list(groups: Iterable[int], *, shared: bool, full: bool) -> list[Want]:
+    """The units of a call, each once. Raises UsageError."""
+    wants: list[Want] = []
+    for group in dict.fromkeys(groups):
+        if not 0 <= group <= MAX_GROUP:
+            raise UsageError(f"{group} is not the number of a group")
+        wants.append(Want("partial", group))
+    if shared:
+        wants.append(Want("shared"))
+    if full:
+        wants.append(Want("full"))
+    if not wants:
+        raise UsageError("nothing to fetch: ask for a group, the shared tensors or the full model")
+    return wants
+
+
+def open_session(
+    url: str | Sequence[str],
+    options: Options,
+    tuning: Tuning,
+    notify: Callable[[str], None] | None = None,
+    *,
+    claim_needed: bool,
+) -> Session:
+    """A session for the validators at `url`. `claim_needed`: whether a hotkey has to be named.
+
+    Raises UsageError, BadUrl, and KeyUnavailable when `options.key` cannot be loaded.
+    """
+    urls = [url] if isinstance(url, str) else list(url)
+    if not urls:
+        raise UsageError("give the URL of a validator")
+    addresses = list(dict.fromkeys(map(parse_address, urls)))
+    if options.hotkey is not None and options.key is not None:
+        raise UsageError("give a hotkey to claim or a key that proves it, not both")
+    if claim_needed and options.hotkey is None and options.key is None:
+        raise UsageError("a group's slice and the shared tensors need to know who asks: give your hotkey or your key")
+    for hotkey in (options.hotkey, options.validator_hotkey):
+        if hotkey is not None:
+            try:
+                decode_hotkey(hotkey)
+            except InvalidHotkey as error:
+                raise UsageError(f"{hotkey!r:.80} is not a hotkey: {error}") from None
+    if options.version is not None and not VERSION_FORM.fullmatch(options.version):
+        raise UsageError(f"{options.version!r:.80} is not a model version")
+    if options.connections is not None and not 1 <= options.connections <= 1024:
+        raise UsageError("connections: from 1 to 1024")
+    token = options.token if options.token is not None else os.environ.get("BZ_AUTH_TOKEN") or None
+    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+        raise UsageError("the token has characters that no token can have; check BZ_AUTH_TOKEN")
+    key = load_key(options.key) if isinstance(options.key, str) else options.key
+    identity = Identity(token, options.hotkey, key, options.validator_hotkey)
+    return Session(addresses, identity, tuning, ca_file=options.ca_file, notify=notify)
+
+
+def settle_receiver(session: Session, options: Options) -> None:
+    """With a key but no validator's hotkey: take the node's own word for whom the proofs are.
+
+    A node that lies about it could pass a proof on to the node that it names, so that the caller is told; whoever knows
+    the validator's hotkey gives it. Raises UsageError when the node does not say.
+    """
+    identity = session.identity
+    if identity.key is None or identity.receiver is not None:
+        return
+    manifest = session.manifest(Want("shared"), options.version, None)
+    if manifest.validator_hotkey is None:
+        raise UsageError("this node does not say whose it is, which proofs must name; give the validator's hotkey")
+    session.notify(f"proofs are made for {manifest.validator_hotkey}, as the node says; --validator-hotkey makes sure")
+    identity.receiver = manifest.validator_hotkey

@@ -1,0 +1,155 @@
+"""The manifest of a unit: what the file must be, chunk by chunk. Parsed strictly, as it decides what is trusted.
+
+Whoever can change the manifest can change the model. Over TLS or a private network the manifest is as good as the
+server; anywhere else it is good when the validator's hotkey signed it and the caller knows that hotkey
+(`--validator-hotkey`). A signature does not say that the manifest is the newest one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from bzstream.chain.keys import InvalidHotkey, InvalidSignature, canonical_json, decode_hotkey, decode_signature, verify
+from bzstream.client.address import VERSION_FORM, Want
+from bzstream.client.errors import BadManifest, BadSignature
+from bzstream.errors import BzstreamError
+
+__all__ = ["Manifest", "parse_manifest"]
+
+_CONTENT_HASH = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
+_CHUNK_HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
+MAX_SIZE = 1 << 50
+MAX_CHUNK = 256 * 1024 * 1024
+"""A chunk is read back whole in the rare case that its parts came out of order."""
+
+
+class _Document(msgspec.Struct):
+    unit: str
+    expert_group: int | None
+    block_number: int
+    model_version: str
+    content_hash: str
+    payload_offset: int
+    size: int
+    chunk_size: int
+    chunk_hash: str
+    chunks: list[str]
+    validator_hotkey: str | None
+    signature: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """`size` bytes in chunks of `chunk_size` (the last may be shorter), `chunks[i]` the BLAKE3 digest of each."""
+
+    want: Want
+    version: str
+    block: int
+    sha256: bytes
+    size: int
+    chunk_size: int
+    chunks: tuple[bytes, ...]
+    validator_hotkey: str | None
+    signed: bool
+
+    @property
+    def etag(self) -> str:
+        """The entity tag that the bare payload has on every node."""
+        return f'"{self.sha256.hex()}"'
+
+    @property
+    def content_hash(self) -> str:
+        return "sha256:" + self.sha256.hex()
+
+    def chunk_length(self, index: int) -> int:
+        return min(self.chunk_size, self.size - index * self.chunk_size)
+
+
+def parse_manifest(raw: bytes, want: Want, *, version: str | None = None, signer: str | None = None) -> Manifest:
+    """The manifest in `raw`, checked: right unit, right version if one is asked for, consistent with itself, and
+    signed by `signer` (SS58) if given. Raises BadManifest and BadSignature.
+    """
+    try:
+        plain = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        document = msgspec.convert(plain, _Document, strict=True)
+    except (ValueError, RecursionError, msgspec.ValidationError) as error:
+        raise BadManifest(f"the manifest of {want.label} is malformed: {error}") from None
+    wrong = _contradiction(document, want, version)
+    if wrong:
+        raise BadManifest(f"the manifest of {want.label} cannot be right: {wrong}")
+    _check_signature(plain, document, want, signer)
+    return Manifest(
+        want=want,
+        version=document.model_version,
+        block=document.block_number,
+        sha256=bytes.fromhex(document.content_hash.removeprefix("sha256:")),
+        size=document.size,
+        chunk_size=document.chunk_size,
+        chunks=tuple(map(bytes.fromhex, document.chunks)),
+        validator_hotkey=document.validator_hotkey,
+        signed=document.signature is not None,
+    )
+
+
+def _contradiction(document: _Document, want: Want, version: str | None) -> str | None:
+    """What is wrong with it, or None."""
+    if document.unit != want.kind or document.expert_group != want.group:
+        return f"it is for {document.unit!r:.40}, group {document.expert_group}"
+    if not VERSION_FORM.fullmatch(document.model_version):
+        return "its model_version is not a version"
+    if version is not None and document.model_version != version:
+        return f"it is of version {document.model_version}, asked for was {version}"
+    if not _CONTENT_HASH.fullmatch(document.content_hash):
+        return "its content_hash is not sha256:<64 hex>"
+    if document.chunk_hash != "blake3":
+        return f"its chunks are hashed with {document.chunk_hash!r:.40}, this client knows blake3"
+    if not 0 < document.size <= MAX_SIZE or not 0 < document.chunk_size <= MAX_CHUNK:
+        return "its sizes are out of range"
+    if document.block_number < 0 or document.payload_offset < 0:
+        return "it holds negative numbers"
+    if len(document.chunks) != -(-document.size // document.chunk_size):
+        return f"{len(document.chunks)} chunk hashes do not cover {document.size} bytes"
+    if not all(map(_CHUNK_HASH.fullmatch, document.chunks)):
+        return "a chunk hash is not 64 hex digits"
+    if document.validator_hotkey is not None:
+        try:
+            decode_hotkey(document.validator_hotkey)
+        except InvalidHotkey:
+            return "its validator_hotkey is not a hotkey"
+    return None
+
+
+def _check_signature(plain: dict[str, Any], document: _Document, want: Want, signer: str | None) -> None:
+    """A signature that is there must be good, asked for or not; one that is asked for must be there."""
+    hotkey, signature = document.validator_hotkey, document.signature
+    if signature is None:
+        if signer is not None:
+            raise BadSignature(f"the manifest of {want.label} is not signed; {signer} should have signed it")
+        return
+    if signer is not None and hotkey != signer:
+        raise BadSignature(f"the manifest of {want.label} is signed by {hotkey}, not by {signer}")
+    if hotkey is None:
+        raise BadSignature(f"the manifest of {want.label} is signed by nobody")
+    try:
+        message = canonical_json({name: value for name, value in plain.items() if name != "signature"})
+        good = verify(hotkey, message, decode_signature(signature))
+    except (InvalidSignature, BzstreamError):
+        good = False
+    if not good:
+        raise BadSignature(f"the signature of the manifest of {want.label} is not by {hotkey} over this manifest")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key comes twice")
+    return found
+
+
+def _no_constant(text: str) -> object:
+    raise ValueError(f"{text} is not JSON")

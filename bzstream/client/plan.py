@@ -1,0 +1,259 @@
+"""Which connection fetches which bytes, as a pure data structure: no sockets, no clock, no locks (the caller has one).
+
+The unit of *trust* is a chunk of the manifest; the unit of *work* is any byte range. Free bytes lie in sorted spans; a
+connection (a *lane*) takes a run from the front, so that the finished prefix grows, and the runs shrink as the end
+comes near. When nothing is free an idle lane steals the later half of the run that would take longest, cut at a chunk
+boundary where there is one and inside a chunk where there is not: on a slow link one chunk takes seconds, and waiting
+for the last would leave the other lanes idle for that long.
+
+So a chunk may be put together by several lanes. Two rules keep that safe. A lane *claims* bytes before it writes them
+and a thief takes only unclaimed ones: no byte is ever written by two lanes, and none after its chunk was judged. And a
+chunk that turns out wrong is fetched again whole by one lane (*alone*), so that the next verdict has one culprit.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Iterable
+
+from blake3 import blake3
+
+__all__ = ["Chunk", "Plan", "Segment"]
+
+
+class Segment:
+    """A run that one lane works on: [pos, end) is not yet in the sink, [pos, claimed) may no longer be stolen."""
+
+    __slots__ = ("alone", "began", "claimed", "end", "lane", "moved", "pos", "received", "start")
+
+    def __init__(self, start: int, end: int, lane: int, now: float, *, alone: bool = False) -> None:
+        self.start = self.pos = self.received = self.claimed = start
+        self.end = end
+        self.lane = lane
+        self.alone = alone
+        self.began = now
+        self.moved = now
+        """When the last byte came."""
+
+    def seconds_left(self, now: float) -> float:
+        """Expected seconds to its end at the pace so far; a lane that has no byte yet counts as slow."""
+        return (self.end - self.received) * (now - self.began + 0.001) / max(self.received - self.start, 4096)
+
+
+class Chunk:
+    """A chunk that is not complete: how much of it is in the sink and how far it is hashed, always from its start."""
+
+    __slots__ = ("covered", "hashed", "hasher", "sources")
+
+    def __init__(self) -> None:
+        self.covered = 0
+        self.hashed = 0
+        self.hasher = blake3()
+        self.sources: set[int] = set()
+        """Which mirrors its bytes came from; -1 for bytes that an earlier process left."""
+
+
+class Plan:
+    """The work of one unit.
+
+    `done`: chunks that are already verified in the sink; `received`: ranges that are in the sink but belong to no
+    verified chunk; `reserved`: chunks that somebody else (the copier of an older file) takes care of.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        chunk_size: int,
+        *,
+        done: Iterable[int] = (),
+        received: Iterable[tuple[int, int]] = (),
+        reserved: Iterable[int] = (),
+    ) -> None:
+        self.size = size
+        self.chunk_size = chunk_size
+        self.count = -(-size // chunk_size)
+        self.done = bytearray(self.count)
+        for index in done:
+            self.done[index] = 1
+        self.done_count = sum(self.done)
+        self.done_bytes = sum(self.length(index) for index in range(self.count) if self.done[index])
+        self.chunks: dict[int, Chunk] = {}
+        self.active: list[Segment] = []
+        self.again: deque[int] = deque()
+        """Chunks to be fetched again, alone."""
+        self.unjudged: list[int] = []
+        """Chunks whose every byte was there from the start: no lane completes them, so the caller must judge them."""
+        taken = bytearray(self.done)
+        for index in reserved:
+            taken[index] = 1
+        self.free: list[tuple[int, int]] = []
+        """Spans that nobody works on: sorted, disjoint, never touching."""
+        for index in range(self.count):
+            if not taken[index]:
+                begin = index * chunk_size
+                self._free(begin, begin + self.length(index))
+        for begin, end in received:
+            self._cover(begin, end, taken)
+
+    @property
+    def complete(self) -> bool:
+        return self.done_count == self.count
+
+    @property
+    def open_bytes(self) -> int:
+        """Bytes that still have to be fetched, as far as anybody knows."""
+        spans = sum(end - begin for begin, end in self.free) + sum(self.length(index) for index in self.again)
+        return spans + sum(segment.end - segment.pos for segment in self.active)
+
+    def length(self, index: int) -> int:
+        return min(self.chunk_size, self.size - index * self.chunk_size)
+
+    def chunk(self, index: int) -> Chunk:
+        """The open chunk `index`, made when it is first touched."""
+        found = self.chunks.get(index)
+        if found is None:
+            found = self.chunks[index] = Chunk()
+        return found
+
+    def take(self, lane: int, goal: int, now: float) -> Segment | None:
+        """A run of about `goal` free bytes: whole chunks, from the front. None when nothing is free."""
+        if self.again:
+            index = self.again.popleft()
+            begin = index * self.chunk_size
+            return self._begin(Segment(begin, begin + self.length(index), lane, now, alone=True))
+        if not self.free:
+            return None
+        begin, end = self.free[0]
+        stop = min(end, self._boundary(begin + max(goal, 1)))
+        if stop == end:
+            del self.free[0]
+        else:
+            self.free[0] = (stop, end)
+        return self._begin(Segment(begin, stop, lane, now))
+
+    def steal(self, lane: int, least: int, now: float, *, stuck_s: float) -> Segment | None:
+        """The later part of the run that would take longest, at least `least` bytes of it; None if there is none.
+
+        From a lane without a byte for `stuck_s` everything unclaimed is taken.
+        """
+        victims = [s for s in self.active if not s.alone and s.end - s.claimed >= least]
+        if not victims:
+            return None
+        victim = max(victims, key=lambda s: (now - s.moved > stuck_s, s.seconds_left(now)))
+        if now - victim.moved > stuck_s:
+            cut = victim.claimed
+        else:
+            if victim.end - victim.claimed < 2 * least:
+                return None
+            middle = (victim.claimed + victim.end) // 2
+            cut = self._boundary(middle)
+            if not victim.claimed + least <= cut <= victim.end - least:
+                cut = -(-middle // 4096) * 4096
+        stolen = Segment(cut, victim.end, lane, now)
+        victim.end = cut
+        return self._begin(stolen)
+
+    def claim(self, segment: Segment, room: int) -> int:
+        """How many bytes after `segment.received` the lane may receive now: at most `room`, within one chunk.
+
+        0 means that the segment is over, also when a thief has shortened it.
+        """
+        at = segment.received
+        stop = min(segment.end, (at // self.chunk_size + 1) * self.chunk_size, at + room)
+        if stop <= at:
+            return 0
+        segment.claimed = max(segment.claimed, stop)
+        return stop - at
+
+    def advance(self, segment: Segment, count: int, source: int, now: float) -> int | None:
+        """`count` more bytes of the segment, within one chunk, are in the sink. The chunk's number if it is full."""
+        index = segment.pos // self.chunk_size
+        chunk = self.chunk(index)
+        chunk.covered += count
+        chunk.sources.add(source)
+        segment.pos += count
+        segment.moved = now
+        return index if chunk.covered == self.length(index) else None
+
+    def release(self, segment: Segment) -> None:
+        """The lane stops working on the segment: what is not in the sink becomes free again."""
+        self.active.remove(segment)
+        if segment.pos < segment.end:
+            index = segment.pos // self.chunk_size
+            if segment.alone and segment.pos == index * self.chunk_size:
+                self.again.append(index)
+            else:
+                # A chunk that was begun alone loses that mark; if it fails again its sources still say whose it is.
+                self._free(segment.pos, segment.end)
+
+    def verified(self, index: int) -> None:
+        """The chunk is complete and right."""
+        if not self.done[index]:
+            self.done[index] = 1
+            self.done_count += 1
+            self.done_bytes += self.length(index)
+        self.chunks.pop(index, None)
+
+    def failed(self, index: int) -> None:
+        """The chunk is complete and wrong: forget its bytes and have it fetched again by one lane."""
+        self.chunks.pop(index, None)
+        self.again.append(index)
+
+    def adopt(self, index: int) -> None:
+        """A reserved chunk has to be fetched after all."""
+        begin = index * self.chunk_size
+        self._free(begin, begin + self.length(index))
+
+    def _begin(self, segment: Segment) -> Segment:
+        self.active.append(segment)
+        return segment
+
+    def _boundary(self, position: int) -> int:
+        """The first chunk boundary at or after `position`."""
+        return min(self.size, -(-position // self.chunk_size) * self.chunk_size)
+
+    def _free(self, begin: int, end: int) -> None:
+        """Add a span, joined with its neighbours."""
+        if begin >= end:
+            return
+        at = bisect_left(self.free, (begin, end))
+        if at < len(self.free) and self.free[at][0] == end:
+            end = self.free.pop(at)[1]
+        if at > 0 and self.free[at - 1][1] == begin:
+            at -= 1
+            begin = self.free.pop(at)[0]
+        insort(self.free, (begin, end))
+
+    def _cover(self, begin: int, end: int, taken: bytearray) -> None:
+        """Note bytes of an earlier process, as far as they are still free."""
+        begin, end = max(0, begin), min(end, self.size)
+        while begin < end:
+            index = begin // self.chunk_size
+            stop = min(end, (index + 1) * self.chunk_size)
+            if not taken[index]:
+                cut = self._cut(begin, stop)
+                if cut:
+                    chunk = self.chunk(index)
+                    chunk.covered += cut
+                    chunk.sources.add(-1)
+                    if chunk.covered == self.length(index):
+                        self.unjudged.append(index)
+            begin = stop
+
+    def _cut(self, begin: int, end: int) -> int:
+        """Take [begin, end) out of the free spans; the number of bytes that were in them."""
+        cut = 0
+        kept: list[tuple[int, int]] = []
+        for left, right in self.free:
+            low, high = max(left, begin), min(right, end)
+            if low >= high:
+                kept.append((left, right))
+                continue
+            cut += high - low
+            if left < low:
+                kept.append((left, low))
+            if high < right:
+                kept.append((high, right))
+        self.free = kept
+        return cut

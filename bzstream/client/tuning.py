@@ -1,0 +1,68 @@
+"""Every number that the client was tuned with, its unit and the reason for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Tuning"]
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Limits and habits of a transfer; the defaults suit everything from loopback to a lossy ocean cable."""
+
+    connect_timeout_s: float = 10.0
+    stall_s: float = 15.0
+    """A connection without a byte for so long is closed and its work handed to another. There is no total time-out."""
+    patience_s: float = 60.0
+    """A transfer without one byte from anybody for so long ends; the next call resumes it."""
+    first_patience_s: float = 5.0
+    """The same before the first answer: a wrong URL should not take a minute to be noticed."""
+    max_head: int = 32 * KIB
+    """Bytes of a response head, interim responses included (nginx and bzstream stay below 1 KiB)."""
+    max_manifest: int = 16 * MIB
+    """67 bytes a chunk of 8 MiB: enough for 2 TB."""
+    max_document: int = 1 * MIB
+    """Bytes of any other JSON answer."""
+    max_retry_after_s: float = 300.0
+    """A longer Retry-After is an outage, and is reported instead of waited for."""
+    strikes: int = 3
+    """The same chunk wrong so often from one URL drops that URL."""
+    violations: int = 4
+    """Answers against the protocol, without a good chunk in between, that drop a URL."""
+    near_lanes: int = 8
+    """Connections to begin with on a link whose round trip is below `near_rtt_s`: on loopback with two cores 8 are
+    10-20% faster than 4, and 16 add nothing."""
+    far_lanes: int = 16
+    """Connections to begin with on any other link: with 80 ms and 0.1% loss a cubic flow is held to ~15 Mbit/s."""
+    near_rtt_s: float = 0.002
+    max_lanes: int = 32
+    """Most connections that are opened unasked: half of what a node lets one caller have."""
+    buffer: int = 1 * MIB
+    """Bytes gathered before a write to disk: fits the second-level cache, and makes a direct write worth its trip."""
+    gather_s: float = 0.005
+    """A buffer older than this is written as it is, so that a kill loses next to nothing on a slow link."""
+    direct_from: int = 256 * KIB
+    """Smallest write that bypasses the page cache."""
+    memory_piece: int = 512 * KIB
+    """Bytes of one receive into final memory: hashed right after it, while they are in the cache."""
+    run_s: float = 2.0
+    """A range is asked for in runs of about this many seconds, but at least `run_rtts` round trips..."""
+    run_rtts: float = 40.0
+    """...so that the pause between two requests costs 2.5% of a connection at the most..."""
+    max_run: int = 32 * MIB
+    """...and on a fast link of no more bytes than this, so that the SHA-256 that follows the prefix is never far."""
+    min_steal: int = 256 * KIB
+    """A rest smaller than this is not worth another request."""
+    stuck_s: float = 2.0
+    """When others are idle, a connection without a byte for so long loses its work to them."""
+    handoff: int = 64 * MIB
+    """Bytes of written buffers kept for the SHA-256 that follows, so that it does not read them back from the disk."""
+    backlog: int = 48 * MIB
+    """Verified bytes ahead of the SHA-256 at which receiving may pause, if the hash decides when the pull ends."""
+    sync_s: float = 2.0
+    """How often the state file goes to the disk."""
+    tick_s: float = 0.1
