@@ -328,8 +328,13 @@ async def _run(child: Child, stop: asyncio.Event, changes: asyncio.Queue[Setting
         await worker.run(child.settings, socket.socket(fileno=child.listen_fd), stop, changes)
     elif child.role == "chain":
         from bzstream.chain import role as chain_role
+        from bzstream.submissions.ledger import AsyncLedger
 
-        await chain_role.run(child.settings, stop)
+        ledger = await asyncio.to_thread(AsyncLedger.open, child.settings.ledger_location())
+        try:
+            await chain_role.run(child.settings.chain, ledger.write_chain_state, stop)
+        finally:
+            await asyncio.to_thread(ledger.close)
     else:
         from bzstream.evaluation import role as evaluation_role
 
