@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from bzstream.errors import BzstreamError
 
-__all__ = ["FAILED", "REJECTED", "EvaluationError", "Failure", "Refusal"]
+__all__ = ["FAILED", "REJECTED", "EvaluationError", "Failure", "ModelClosed", "Refusal"]
 
 REJECTED: dict[str, str] = {
     # Fetching: what the miner's server did.
@@ -53,6 +53,7 @@ FAILED: dict[str, str] = {
     "unknown_group": "The model version that the submission builds on has no such expert group.",
     "spool_error": "The file could not be written to, or read back from, the evaluator's spool.",
     "baseline_not_finite": "The published model itself has a loss that is not finite.",
+    "evaluator_lost": "The submission was lost with its evaluator several times in a row.",
     "internal_error": "A fault of the evaluator; its log has the details.",
 }
 """Code -> what it means. The validator's fault: no score."""
@@ -60,6 +61,10 @@ FAILED: dict[str, str] = {
 
 class EvaluationError(BzstreamError):
     """The evaluator cannot start or go on: missing data, an ambiguous layout, a model that does not fit."""
+
+
+class ModelClosed(Exception):
+    """The resident model was closed while something waited for it; the submission is staged again for the next."""
 
 
 class _CodedError(EvaluationError):

@@ -18,7 +18,7 @@ Whatever is missing or does not fit is an error before the first submission, not
 from __future__ import annotations
 
 import hashlib
-import importlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from bzstream.evaluation.codes import EvaluationError
 from bzstream.tensorfile import NUMPY_DTYPES, TensorFileError, read_head
 
-__all__ = ["Tokens", "load_tokens"]
+__all__ = ["Tokens", "load_tokens", "require_data"]
 
 _TEXT = (".txt", ".md", ".jsonl")
 _PIECE = 1 << 20
@@ -81,8 +81,8 @@ def load_tokens(
 
     `cache`: folder for encoded text. `most`: tokens after which text is no longer encoded. Raises EvaluationError.
     """
-    if data is None:
-        raise EvaluationError("there is no evaluation data; set evaluation.data (or give --data)")
+    require_data(data)
+    assert data is not None
     path = Path(data)
     try:
         if path.suffix in (".npy", ".bin", ".safetensors"):
@@ -99,6 +99,19 @@ def load_tokens(
         )
     tokens.windows([0, len(tokens) - min(len(tokens), 4096)], min(len(tokens), 4096))
     return tokens
+
+
+def require_data(data: str | None) -> None:
+    """Whether there is any evaluation data at all, before there is a model to read it for. Raises EvaluationError."""
+    if data is None:
+        raise EvaluationError("there is no evaluation data; set evaluation.data (or give --data)")
+    path = Path(data)
+    if path.exists():
+        return
+    looks_like_a_file = path.is_absolute() or path.suffix in (".npy", ".bin", ".safetensors", *_TEXT)
+    if looks_like_a_file or importlib.util.find_spec("datasets") is None:
+        hint = "" if looks_like_a_file else "; if it names a Hugging Face dataset, install `datasets`"
+        raise EvaluationError(f"the evaluation data {data} does not exist{hint}")
 
 
 def _tokens_file(path: Path, vocabulary: int) -> NDArray[Any]:
@@ -209,17 +222,13 @@ def _documents(file: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _dataset(data: str) -> Iterator[tuple[str, bool]]:
-    missing = f"the evaluation data {data} does not exist"
-    try:
-        library: Any = importlib.import_module("datasets")
-    except ImportError:
-        raise EvaluationError(f"{missing}; if it names a Hugging Face dataset, install `datasets`") from None
+    library: Any = importlib.import_module("datasets")
     name, *rest = data.split(":")
     split = rest[-1] if rest else "test"
     try:
         rows = library.load_dataset(name, *rest[:-1], split=split)
-    except Exception as error:
-        raise EvaluationError(f"{missing} and no such dataset can be loaded: {error}") from None
+    except Exception as error:  # the library raises whatever its back ends raise
+        raise EvaluationError(f"the evaluation data {data} is no file and no dataset: {error}") from None
     if "text" not in rows.column_names:
         raise EvaluationError(f"the dataset {data} has no column `text`")
     return ((str(row["text"]), True) for row in rows)

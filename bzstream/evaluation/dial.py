@@ -11,7 +11,6 @@ The host name still goes into SNI, the certificate check and the Host field, as 
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import socket
 import ssl
@@ -21,19 +20,15 @@ from urllib.parse import urljoin, urlsplit
 
 from bzstream.config import SubmitSettings
 from bzstream.evaluation.codes import Refusal
+from bzstream.submissions.urls import InvalidUrl, check_url, is_public_address
 
-__all__ = ["Dialer", "Target", "address_is_public", "parse_url"]
+__all__ = ["Dialer", "Target", "parse_url"]
 
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_COMPATIBLE = ipaddress.IPv6Network("::/96")
-_AZURE = ipaddress.IPv4Address("168.63.129.16")
-"""Azure's platform address: globally routable on paper, a metadata service inside every Azure machine."""
+_PLATFORM = frozenset({"168.63.129.16"})
+"""Public on paper, a metadata service inside every machine of one cloud (Azure's wire server)."""
 
-_HOST = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*\.?")
-"""RFC 1123 2.1 names, with the underscore that object stores use. Not ASCII: the miner writes the A-label itself."""
-
-_TARGET = re.compile(r"[!-~]*")
-"""Path and query as they go on the request line: visible ASCII, nothing that could end the line (RFC 9112 3)."""
+_VISIBLE = re.compile(r"[!-~]*")
+"""What may stand on a request line (RFC 9112 3): the policy demands no less, this must not depend on it."""
 
 
 class Target(NamedTuple):
@@ -58,63 +53,22 @@ class Target(NamedTuple):
 
 
 def parse_url(url: str, policy: SubmitSettings) -> Target:
-    """A URL as the policy allows it. Raises Refusal `forbidden_url`, or `forbidden_address` for a literal address."""
-
-    def refuse(what: str) -> Refusal:
-        return Refusal("forbidden_url", f"the checkpoint's URL {what}")
-
-    if len(url) > policy.max_url or not _TARGET.fullmatch(url) or "\\" in url:
-        raise refuse("is too long or holds characters that a URL cannot")
+    """A URL that the policy of `/submit` allows. Raises Refusal `forbidden_url`, or `forbidden_address` for a host."""
     try:
+        check_url(url, policy)
         parts = urlsplit(url)
         port = parts.port
+    except InvalidUrl as error:
+        code = "forbidden_address" if error.code == "url_host_not_public" else "forbidden_url"
+        raise Refusal(code, str(error)) from None
     except ValueError:
-        raise refuse("is malformed") from None
+        raise Refusal("forbidden_url", "the URL is malformed") from None
+    host, path = parts.hostname or "", parts.path or "/"
+    path += f"?{parts.query}" if parts.query else ""
+    if not host or not _VISIBLE.fullmatch(host + path):
+        raise Refusal("forbidden_url", "the URL is malformed")
     secure = parts.scheme == "https"
-    if not secure and not (parts.scheme == "http" and policy.allow_http):
-        raise refuse("must begin with https://")
-    if "@" in parts.netloc or "#" in url:
-        raise refuse("must hold no user name, password or fragment")
-    host = parts.hostname or ""
-    if port is None:
-        port = 443 if secure else 80
-    if not port or (policy.ports and port not in policy.ports):
-        raise refuse(f"names port {port}, which is not allowed")
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        # A last label that is a number makes inet_aton read the host as an address ("127.1", "0x7f000001").
-        if len(host) > 253 or not _HOST.fullmatch(host) or re.fullmatch(r"(.*\.)?(\d+|0[xX][0-9a-fA-F]*)\.?", host):
-            raise refuse("has no valid host") from None
-    else:
-        if getattr(address, "scope_id", None):
-            raise refuse("has an address with a zone")
-        _check(address, policy)
-    path = parts.path or "/"
-    return Target(secure, host, port, path + (f"?{parts.query}" if parts.query else ""))
-
-
-def address_is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether an address, and any IPv4 address inside it, is a global unicast one."""
-    inner: list[ipaddress.IPv4Address] = []
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped:
-            return address_is_public(address.ipv4_mapped)
-        inner += [address.sixtofour] if address.sixtofour else []
-        inner += list(address.teredo) if address.teredo else []
-        if address in _NAT64 or address in _COMPATIBLE:
-            inner.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-    if not all(address_is_public(each) for each in inner):
-        return False
-    special = address.is_multicast or address.is_reserved or address.is_unspecified or address == _AZURE
-    site_local = isinstance(address, ipaddress.IPv6Address) and address.is_site_local
-    # NAT64's prefix itself is not "global" in the registry, but what it leads to was judged above.
-    return (address.is_global or address in _NAT64) and not special and not site_local
-
-
-def _check(address: ipaddress.IPv4Address | ipaddress.IPv6Address, policy: SubmitSettings) -> None:
-    if not policy.allow_private_urls and not address_is_public(address):
-        raise Refusal("forbidden_address", "the checkpoint's host has an address that is not public")
+    return Target(secure, host, port or (443 if secure else 80), path)
 
 
 class Dialer:
@@ -143,7 +97,9 @@ class Dialer:
             raise Refusal("unreachable", "the checkpoint's host name does not resolve") from None
         addresses = [str(info[4][0]) for info in found]
         for address in addresses:
-            _check(ipaddress.ip_address(address.split("%")[0]), self.policy)
+            public = is_public_address(address) and address not in _PLATFORM
+            if not public and not self.policy.allow_private_urls:
+                raise Refusal("forbidden_address", "the checkpoint's host has an address that is not public")
         return addresses[0]
 
     def connect(self, target: Target, address: str, *, timeout: float) -> socket.socket:

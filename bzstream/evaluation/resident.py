@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from bzstream.evaluation.bindings import Piece, bind, missing
-from bzstream.evaluation.codes import EvaluationError, Failure
+from bzstream.evaluation.codes import EvaluationError, Failure, ModelClosed
 from bzstream.evaluation.module import DTYPES, build_module, ignored_names, map_errors, state_of
 from bzstream.evaluation.ptfile import ITEM_SIZES, Stored
 from bzstream.evaluation.published import Part, Published, read_into
@@ -98,6 +98,7 @@ class ResidentModel:
             self._buffers: list[_Buffer] = []
             self._free: list[_Buffer] = []
             self._changed = threading.Condition()
+            self._closed = False
             self._pinned: torch.Tensor | None = None
             self._pinned_lock = threading.Lock()
             self._side = torch.cuda.Stream(self.device) if self._cuda else None
@@ -223,7 +224,9 @@ class ResidentModel:
 
     def _take(self, size: int) -> _Buffer:
         with self._changed:
-            self._changed.wait_for(lambda: self._free or len(self._buffers) < 2)
+            self._changed.wait_for(lambda: self._closed or self._free or len(self._buffers) < 2)
+            if self._closed:
+                raise ModelClosed
             buffer = self._free.pop() if self._free else None
             if buffer is None or buffer.data.numel() < size:
                 if buffer is not None:
@@ -356,8 +359,11 @@ class ResidentModel:
             return tuple(float(value) for value in total.float().tolist())
 
     def close(self) -> None:
-        """Free the model's memory and the store's files; the object is of no use after."""
+        """Free the model's memory; the object is of no use after, and `stage` raises ModelClosed."""
         self.sound = False
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
         self._regions.clear()
         self._buffers.clear()
         self._free.clear()
@@ -365,7 +371,6 @@ class ResidentModel:
         self.module = torch.nn.Module()
         if self._cuda:
             torch.cuda.empty_cache()
-        self.published.close()
 
 
 def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,367 @@
+"""The coroutine that turns queued submissions into scores: fetch -> verify -> evaluate, each stage bounded.
+
+    claim --- fetch (threads, `fetches` at once) --- verify (2 processes) --- ready --- stage (1 ahead) --- judge
+                 spool: bounded bytes                            waits for the round's seed              1 thread
+
+A submission is fetched as soon as it is queued, because its miner may go away and because the time of the fetch counts;
+it is judged once the hash of the first block after the submit phase is known, in the order of rounds and precedence.
+While one is judged the next is staged, and those after it are fetched and verified.
+
+The ledger is the only memory. Everything here holds jobs under leases that are renewed four times as often as they
+run out; an evaluator that dies simply stops renewing. What a restart finds again is the ledger's queue and whole files
+in the spool. A job that was lost (the lease ran out, or a later submission superseded it) is dropped wherever it is.
+
+Verdicts come as exceptions (`codes`): Refusal makes `rejected`, Failure `failed`, anything else is a bug and makes
+`failed` with `internal_error`. After a device error the process is of no use (a CUDA context does not recover): the
+verdict is written, the other jobs are given back and `run` raises, so that the supervisor starts a fresh process. The
+same happens, without a verdict, when the model or the data do not fit: no other submission would fare better.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import structlog
+
+from bzstream.chain.clock import Cycle
+from bzstream.chain.state import ChainState
+from bzstream.config import Settings
+from bzstream.evaluation.codes import EvaluationError, Failure, ModelClosed, Refusal
+from bzstream.evaluation.fetch import CancelledFetch
+from bzstream.evaluation.precedence import has_twin, settle_copies
+from bzstream.evaluation.published import Part, Published
+from bzstream.evaluation.records import Records
+from bzstream.evaluation.threads import Worker, in_thread
+from bzstream.evaluation.work import Tools, Work
+from bzstream.model import Library
+from bzstream.submissions.ledger import LeaseLost, Ledger, LedgerUnavailable
+from bzstream.submissions.records import Record
+from bzstream.submissions.states import Status
+
+if TYPE_CHECKING:
+    from bzstream.evaluation.judge import Judge, Verdict
+
+__all__ = ["Pipeline"]
+
+_T = TypeVar("_T")
+_VERIFIERS = 2
+"""Files verified at once: reading runs at the speed of memory, so more would only take it from the model."""
+
+
+class _Lost(Exception):
+    """The job is somebody else's now, or nobody's; drop it without a word."""
+
+
+class Pipeline:
+    """One evaluator. `make_judge(published)` builds the judge; it is called in the model's thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        ledger: Ledger,
+        records: Records,
+        library: Library,
+        tools: Tools,
+        make_judge: Callable[[Published], Judge],
+        name: str,
+    ) -> None:
+        self._settings = settings.evaluation
+        self._cycle = Cycle.of(settings.chain)
+        self._ledger = ledger
+        self._records = records
+        self._library = library
+        self._tools = tools
+        self._make_judge = make_judge
+        self._name = name
+        self._log = structlog.get_logger("evaluator")
+        # The run
+        self._stopping = False
+        self._fatal: EvaluationError | None = None
+        self._chain: ChainState | None = None
+        # The jobs
+        self._active: dict[str, Work] = {}
+        self._preparing: set[asyncio.Task[None]] = set()
+        self._verifying = asyncio.Semaphore(_VERIFIERS)
+        self._ready: list[Work] = []
+        self._wake = asyncio.Event()
+        self._staged: asyncio.Queue[Work] = asyncio.Queue(1)
+        # The model
+        self._torch = Worker("model")
+        self._judge: Judge | None = None
+        self._published: dict[str, Published] = {}
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Evaluate until `stop` is set; jobs in hand are then given back. Raises EvaluationError, see above."""
+        loops = [
+            asyncio.create_task(loop())
+            for loop in (self._claiming, self._renewing, self._watching, self._staging, self._judging)
+        ]
+        stopped = asyncio.create_task(stop.wait())
+        try:
+            await asyncio.wait([stopped, *loops], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._stopping = True
+            stopped.cancel()
+            for work in self._active.values():
+                work.cancelled.set()
+            self._tools.reader.close()
+            for loop in loops:
+                loop.cancel()
+            results = await asyncio.gather(*loops, return_exceptions=True)
+            await asyncio.gather(*self._preparing, return_exceptions=True)
+            await self._give_back()
+            if self._judge is not None and self._fatal is None:
+                await self._torch.run(self._judge.close)
+            for published in self._published.values():
+                published.close()
+        for error in (self._fatal, *results):
+            if isinstance(error, Exception):
+                raise error
+
+    # ---- Claims, leases, the chain --------------------------------------------------------------------------------
+
+    async def _claiming(self) -> None:
+        while True:
+            self._library.refresh()
+            self._forget_versions()
+            free = self._settings.fetches - len(self._preparing)
+            if free > 0 and self._library.current is not None:
+                claim = partial(self._ledger.claim, self._name, lease_s=self._settings.lease_s, limit=free)
+                for job in await self._call(claim):
+                    work = self._active[job.record.submission_id] = Work(job)
+                    task = asyncio.create_task(self._prepare(work))
+                    self._preparing.add(task)
+                    task.add_done_callback(self._preparing.discard)
+            await asyncio.sleep(self._settings.poll_s)
+
+    async def _renewing(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.lease_s / 4)
+            works = list(self._active.values())
+            if works:
+                jobs = [work.job for work in works]
+                held = await self._call(partial(self._ledger.renew, jobs, lease_s=self._settings.lease_s))
+                for work in works:
+                    if work.id not in held and self._active.get(work.id) is work:
+                        self._log.info("lost", submission=work.id)
+                        work.cancelled.set()
+                        self._active.pop(work.id)
+
+    async def _watching(self) -> None:
+        """Follow the chain: new seeds, and the end of a round's fetches."""
+        while True:
+            self._chain = await self._call(self._ledger.chain_state)
+            self._wake.set()
+            for work in self._active.values():
+                if work.record.status == "fetching" and self._too_late(work.record):
+                    work.late = True
+                    work.cancelled.set()
+            await asyncio.sleep(self._settings.poll_s)
+
+    def _too_late(self, record: Record) -> bool:
+        """Whether the round's fetches have closed for a submission. A signed hash keeps it open: the file is fixed."""
+        if self._chain is None or record.checkpoint_hash is not None:
+            return False
+        return self._chain.block > self._cycle.seed_block(record.round) + self._settings.fetch_grace_blocks
+
+    def _seed(self, record: Record) -> str | None:
+        return None if self._chain is None else self._chain.hashes.get(self._cycle.seed_block(record.round))
+
+    async def _call(self, function: Callable[[], _T]) -> _T:
+        """A call of the ledger, off the loop, repeated while the ledger does not answer."""
+        while True:
+            try:
+                return await asyncio.to_thread(function)
+            except LedgerUnavailable as error:
+                self._log.warning("the ledger does not answer", reason=str(error))
+                await asyncio.sleep(1.0)
+
+    async def _advance(self, work: Work, status: Status, **values: Any) -> None:
+        try:
+            work.job = await self._call(partial(self._ledger.advance, work.job, status, **values))
+        except LeaseLost:
+            raise _Lost from None
+
+    async def _give_back(self) -> None:
+        for work in list(self._active.values()):
+            with contextlib.suppress(_Lost):
+                await self._advance(work, "queued")
+            self._leave(work)
+
+    def _leave(self, work: Work) -> None:
+        self._active.pop(work.id, None)
+        work.unstage()
+        self._tools.spool.settle(work.id)
+
+    # ---- Fetch and verify -----------------------------------------------------------------------------------------
+
+    async def _prepare(self, work: Work) -> None:
+        """From `fetching` to ready."""
+        async with self._verdict(work):
+            part = self._slice(work)
+            began = time.monotonic()
+            digest = await in_thread(partial(self._tools.fetch, work, part, self._too_late), "fetch")
+            fetched = time.monotonic()
+            await self._advance(work, "verifying", content_hash=f"sha256:{digest}")
+            if work.record.checkpoint_hash not in (None, work.record.content_hash):
+                raise Refusal("hash_mismatch", "the file's SHA-256 is not the signed checkpoint_hash")
+            async with self._verifying:
+                if work.cancelled.is_set():
+                    raise _Lost
+                await in_thread(partial(self._tools.read, work, part), "verify")
+            seconds = {"fetch_s": round(fetched - began, 3), "verify_s": round(time.monotonic() - fetched, 3)}
+            self._log.info("verified", submission=work.id, **seconds)
+            self._ready.append(work)
+            self._wake.set()
+
+    def _slice(self, work: Work) -> Part:
+        """The slice that the submission builds on, of the version that its round's miners had.
+
+        That is the newest version published before the submit phase began; else the oldest that there is.
+        """
+        snapshots = self._library.versions()
+        if not snapshots:
+            raise Failure("version_gone", "the store holds no snapshot")
+        before = [snapshot for snapshot in snapshots if snapshot.block <= work.record.round]
+        snapshot = before[0] if before else snapshots[-1]
+        work.version = snapshot.version
+        if snapshot.version not in self._published:
+            self._published[snapshot.version] = Published(snapshot)
+        return self._published[snapshot.version].group(work.record.expert_group)
+
+    def _forget_versions(self) -> None:
+        """Let go of versions that nothing needs, so that the disk gets their room back once the store drops them."""
+        needed = {work.version for work in self._active.values()}
+        if self._judge is not None:
+            needed.add(self._judge.version)
+        for version in self._published.keys() - needed:
+            self._published.pop(version).close()
+
+    # ---- Stage and judge ------------------------------------------------------------------------------------------
+
+    async def _staging(self) -> None:
+        """Put the next submission whose seed is known into a staging buffer, one ahead of the judge."""
+        while self._fatal is None:
+            self._ready = [work for work in self._ready if not work.cancelled.is_set()]
+            due = [work for work in self._ready if self._seed(work.record) is not None]
+            if not due:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            work = min(due, key=lambda w: (w.record.round, w.record.precedence, w.id))
+            self._ready.remove(work)
+            async with self._verdict(work):
+                judge = await self._judge_of(work)
+                await in_thread(partial(self._tools.stage, work, judge), "stage")
+                await self._staged.put(work)
+
+    async def _judge_of(self, work: Work) -> Judge:
+        """The judge for the submission's version, loaded now if another is resident (the old one goes first)."""
+        if self._judge is None or self._judge.version != work.version:
+            await self._staged.join()
+            await self._dismiss_judge()
+            assert work.version is not None
+            published = self._published[work.version]
+            self._log.info("loading the model", version=work.version)
+            try:
+                self._judge = await self._torch.run(partial(self._make_judge, published))
+            except Failure as failure:  # not this submission's doing
+                raise EvaluationError(f"version {work.version} cannot be loaded: {failure.detail}") from None
+        return self._judge
+
+    async def _dismiss_judge(self) -> None:
+        old, self._judge = self._judge, None
+        if old is not None:
+            await self._torch.run(old.close)
+
+    async def _judging(self) -> None:
+        while self._fatal is None:
+            work = await self._staged.get()
+            try:
+                async with self._verdict(work):
+                    await self._score(work)
+                if self._judge is not None and not self._judge.model.sound:
+                    await self._dismiss_judge()
+            finally:
+                self._staged.task_done()
+
+    async def _score(self, work: Work) -> None:
+        judge, staged, record = work.judge, work.staged, work.record
+        seed = self._seed(record)
+        assert judge is not None
+        assert staged is not None
+        if judge is not self._judge or seed is None:
+            raise ModelClosed  # it was closed after an error, or the chain went back: stage again
+        if await self._call(partial(has_twin, self._ledger, self._records, record, staged.weights)):
+            raise Refusal("duplicate_weights", "the weights are those of a submission with precedence")
+        await self._advance(work, "evaluating", model_version=work.version)
+        work.staged = None  # the judge closes it
+        judging = partial(
+            judge.judge,
+            staged,
+            seed,
+            file_hash=str(record.content_hash),
+            submission_id=work.id,
+            round_=record.round,
+            cancelled=work.cancelled.is_set,
+        )
+        verdict = await self._bounded(self._torch.run(judging))
+        found = verdict.evaluation
+        await self._call(partial(self._records.write, found, verdict.sketch))
+        await self._advance(work, "scored", baseline_loss=found.baseline_loss, loss=found.loss, score=found.score)
+        seconds = round(found.seconds["total"], 3)
+        self._log.info("scored", submission=work.id, group=found.group, score=found.score, seconds=seconds)
+        distance = self._settings.copy_distance
+        settle = partial(settle_copies, self._ledger, self._records, record.round, found.group, distance)
+        for copy, original in await self._call(settle):
+            self._log.info("rejected", submission=copy, code="duplicate_weights", of=original)
+        self._leave(work)
+
+    async def _bounded(self, judging: Awaitable[Verdict]) -> Verdict:
+        """The verdict, or a Failure that ends this process when one batch alone takes longer than scoring may."""
+        try:
+            return await asyncio.wait_for(judging, 2 * self._settings.score_timeout_s)
+        except TimeoutError:
+            raise Failure("device_error", "the model does not come back from a batch") from None
+
+    # ---- Verdicts -------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _verdict(self, work: Work) -> AsyncIterator[None]:
+        """Turn what a stage raises into the job's end."""
+        try:
+            yield
+        except ModelClosed:
+            work.unstage()
+            self._ready.append(work)
+            self._wake.set()
+        except (CancelledFetch, InterruptedError, _Lost):
+            if work.late and work.record.status == "fetching":
+                await self._end(work, "rejected", "fetch_timeout", "the file had not arrived when the round closed")
+            elif not self._stopping:
+                self._leave(work)
+        except Refusal as refusal:
+            await self._end(work, "rejected", refusal.code, refusal.detail)
+        except Failure as failure:
+            if failure.code == "device_error":
+                self._fatal = EvaluationError(f"the evaluator restarts: {failure.detail}")
+            if not self._stopping:  # a reader that this process closed itself is nobody's fault
+                await self._end(work, "failed", failure.code, failure.detail)
+        except EvaluationError as error:
+            self._fatal = error
+            raise
+        except Exception:
+            self._log.exception("evaluation failed", submission=work.id)
+            await self._end(work, "failed", "internal_error", "a fault of the evaluator")
+
+    async def _end(self, work: Work, status: Status, code: str, detail: str) -> None:
+        self._log.info(status, submission=work.id, code=code, detail=detail)
+        with contextlib.suppress(_Lost):
+            await self._advance(work, status, reason=code)
+        self._leave(work)

@@ -1,0 +1,43 @@
+"""Copies, across evaluators: what the ledger and the evaluations' records say about a round's submissions together.
+
+Any evaluator may finish a round's last submission, so whoever finishes one looks at all that are there; the rules
+themselves are in `scoring.py`. Blocking.
+"""
+
+from __future__ import annotations
+
+from bzstream.evaluation.records import Records
+from bzstream.evaluation.scoring import Fingerprint, copies
+from bzstream.submissions.ledger import Ledger
+from bzstream.submissions.records import Record
+
+__all__ = ["has_twin", "settle_copies"]
+
+
+def has_twin(ledger: Ledger, records: Records, record: Record, weights: str) -> bool:
+    """Whether another hotkey's submission with precedence has the very same weights (then none need be scored)."""
+    known = records.fingerprints(record.round, record.expert_group)
+    twins = [ledger.find(name) for name, (theirs, _) in known.items() if theirs == weights]
+    mine = (record.precedence, record.submission_id)
+    return any(
+        other.hotkey != record.hotkey
+        and other.reason != "superseded"
+        and (other.precedence, other.submission_id) < mine
+        for other in twins
+        if other is not None
+    )
+
+
+def settle_copies(ledger: Ledger, records: Records, round_: int, group: int, distance: float) -> list[tuple[str, str]]:
+    """Reject what turned out to be a copy, whichever of the two was scored first; (copy, original) of each."""
+    prints = records.fingerprints(round_, group)
+    scores = ledger.scores(round_)
+    counted = [r for r in scores.results if r.submission_id in prints] if scores is not None else []
+    candidates = [
+        Fingerprint(r.submission_id, r.hotkey, r.precedence, *prints[r.submission_id])
+        for r in counted
+        if r.status == "scored" or r.reason == "duplicate_weights"
+    ]
+    scored = {r.submission_id for r in counted if r.status == "scored"}
+    found = copies(candidates, distance)
+    return [(c, o) for c, o in found.items() if c in scored and ledger.reject(c, "duplicate_weights")]

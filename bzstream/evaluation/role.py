@@ -1,0 +1,78 @@
+"""The evaluator role: one process a GPU, which the supervisor starts, and starts again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+
+from bzstream.config import Settings
+from bzstream.evaluation.data import require_data
+from bzstream.evaluation.dial import Dialer
+from bzstream.evaluation.pipeline import Pipeline
+from bzstream.evaluation.published import Published
+from bzstream.evaluation.records import Records
+from bzstream.evaluation.sandbox import Reader
+from bzstream.evaluation.spool import Spool
+from bzstream.evaluation.work import Tools
+from bzstream.model import Library
+from bzstream.submissions.ledger import Ledger
+
+if TYPE_CHECKING:
+    from bzstream.evaluation.judge import Judge
+
+__all__ = ["run", "spool_folder"]
+
+
+async def run(settings: Settings, store: Path, *, device: str | None, stop: asyncio.Event) -> None:
+    """Evaluate submissions until `stop` is set.
+
+    `device`: a torch device; None: the setting's, else the CPU. Raises EvaluationError when there is no data, or the
+    model cannot be built, or the device failed; LedgerError when the ledger cannot be opened.
+    """
+    evaluation = settings.evaluation
+    require_data(evaluation.data)
+    device = device or evaluation.device or "cpu"
+    # A folder for each device: evaluators of one machine do not share a spool, and each finds its own after a restart.
+    folder = spool_folder(settings, store) / device.replace(":", "-")
+    spool = await asyncio.to_thread(partial(Spool, folder, evaluation.spool_bytes))
+    ledger = await asyncio.to_thread(partial(Ledger.open, settings.ledger_location()))
+    try:
+        records = await asyncio.to_thread(partial(Records, settings.ledger_location()))
+        library = Library(store, warn=partial(structlog.get_logger("evaluator").warning, "snapshot"))
+        reader = Reader(memory=evaluation.read_memory, timeout=evaluation.read_timeout_s)
+        try:
+            await Pipeline(
+                settings,
+                ledger=ledger,
+                records=records,
+                library=library,
+                tools=Tools(evaluation, spool, Dialer(settings.submit), reader),
+                make_judge=partial(_make_judge, settings, store, device),
+                name=f"{socket.gethostname()}/{os.getpid()}",
+            ).run(stop)
+        finally:
+            reader.close()
+            spool.close()
+            library.close()
+            records.close()
+    finally:
+        ledger.close()
+
+
+def spool_folder(settings: Settings, store: Path) -> Path:
+    """Where checkpoints are fetched to."""
+    return Path(settings.evaluation.spool) if settings.evaluation.spool else store / "spool"
+
+
+def _make_judge(settings: Settings, store: Path, device: str, published: Published) -> Judge:
+    # torch and transformers take seconds to import: only here, in the model's thread, when there is work.
+    from bzstream.evaluation.judge import Judge
+
+    cache = spool_folder(settings, store) / "tokens"
+    return Judge(published, settings.evaluation, device=device, cache=cache)

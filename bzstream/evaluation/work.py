@@ -1,0 +1,125 @@
+"""One submission's way through the stages: what is known of it, and the blocking step of each stage.
+
+The steps run in threads and know nothing of the ledger or the loop; `pipeline.py` decides when, and what their
+exceptions mean.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bzstream.config import EvaluationSettings
+from bzstream.evaluation.codes import Failure
+from bzstream.evaluation.dial import Dialer
+from bzstream.evaluation.fetch import CancelledFetch, Limits, fetch, hash_file
+from bzstream.evaluation.ptfile import Stored
+from bzstream.evaluation.published import Part
+from bzstream.evaluation.readers import largest_file
+from bzstream.evaluation.sandbox import Reader
+from bzstream.evaluation.spool import Spool
+from bzstream.submissions.records import Job, Record
+
+if TYPE_CHECKING:
+    from bzstream.evaluation.judge import Judge
+    from bzstream.evaluation.resident import Staged
+
+__all__ = ["Tools", "Work"]
+
+
+class Work:
+    """One claimed submission on its way. Each stage fills in what the next one needs."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.cancelled = threading.Event()
+        self.late = False
+        """The round's fetches closed while this one was under way."""
+        self.path: Path | None = None
+        self.version: str | None = None
+        self.stored: list[Stored] = []
+        self.judge: Judge | None = None
+        self.staged: Staged | None = None
+
+    @property
+    def record(self) -> Record:
+        return self.job.record
+
+    @property
+    def id(self) -> str:
+        return self.job.record.submission_id
+
+    def unstage(self) -> None:
+        """Give the staging buffer back, if there is one."""
+        staged, self.staged = self.staged, None
+        if staged is not None:
+            staged.close()
+
+
+class Tools:
+    """What the steps work with; shared by all threads."""
+
+    def __init__(self, settings: EvaluationSettings, spool: Spool, dialer: Dialer, reader: Reader) -> None:
+        self.settings = settings
+        self.spool = spool
+        self.dialer = dialer
+        self.reader = reader
+
+    def fetch(self, work: Work, part: Part, too_late: Callable[[Record], bool]) -> str:
+        """The whole file in the spool, from an earlier attempt or by the network; its SHA-256 in hex.
+
+        Raises Refusal, Failure, CancelledFetch.
+        """
+        record, spool, settings = work.record, self.spool, self.settings
+        work.path = spool.path(work.id)
+        if spool.find(work.id) is not None:
+            digest = hash_file(work.path)
+            if record.content_hash in (None, f"sha256:{digest}"):
+                return digest
+            work.path.unlink()
+        if too_late(record):
+            raise Failure("fetched_too_late", "the round closed before this evaluator could fetch the file")
+
+        def reserve(size: int) -> None:
+            if not spool.reserve(work.id, size, work.cancelled.is_set):
+                raise CancelledFetch
+
+        limits = Limits(
+            max_bytes=largest_file(part.wanted),
+            timeout_s=settings.fetch_timeout_s,
+            stall_s=settings.fetch_stall_s,
+            max_redirects=settings.max_redirects,
+            connections=settings.fetch_connections,
+            attempts=settings.fetch_attempts,
+        )
+        draft = spool.draft(work.id)
+        found = fetch(record.checkpoint_url, draft, limits, self.dialer, cancelled=work.cancelled, reserve=reserve)
+        spool.keep(work.id)
+        return found.sha256
+
+    def read(self, work: Work, part: Part) -> None:
+        """Check the spooled file, in a process of its own. Raises Refusal, Failure."""
+        fd = _open(work)
+        try:
+            work.stored = self.reader.read(fd, os.fstat(fd).st_size, part.wanted)
+        finally:
+            os.close(fd)
+
+    def stage(self, work: Work, judge: Judge) -> None:
+        """Put the checked weights into a staging buffer of the judge's model. Raises Failure, ModelClosed."""
+        fd = _open(work)
+        try:
+            work.judge, work.staged = judge, judge.stage(fd, work.stored, work.record.expert_group)
+        finally:
+            os.close(fd)
+
+
+def _open(work: Work) -> int:
+    assert work.path is not None
+    try:
+        return os.open(work.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise Failure("spool_error", f"the spooled file cannot be read: {error.strerror}") from None
