@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from blake3 import blake3
 
-__all__ = ["CHUNK", "Chunks", "Digest", "digest_file"]
+__all__ = ["BLOCK", "CHUNK", "Chunks", "Digest", "digest_chunks", "digest_file"]
 
 CHUNK = 8 * 1024 * 1024
 """Bytes of a manifest's chunk, fixed by the contract: what a client fetches again when it arrives damaged."""
@@ -69,3 +69,14 @@ def digest_file(path: Path, *, seen: Callable[[int], None] | None = None) -> Dig
     finally:
         os.close(fd)
     return Digest(sha.hexdigest(), chunks.finish())
+
+
+def digest_chunks(fd: int, *, stop: Callable[[], bool] = lambda: False) -> tuple[str, ...]:
+    """The chunk hashes of an open file, or fewer when `stop` says so. Raises OSError."""
+    chunks = Chunks()
+    buffer = memoryview(bytearray(BLOCK))
+    offset = 0
+    while not stop() and (count := os.preadv(fd, [buffer], offset)):
+        chunks.update(buffer[:count])
+        offset += count
+    return chunks.finish()

@@ -5,7 +5,9 @@ reference to each of its files; a download holds its own (`Payload.retain`), so 
 is closed at once and its files as soon as the last download from them ends.
 
 A file that is missing, has another size than when it was published, or changes while it is open, takes its units (and
-the full model) out of service; it is never served with wrong bytes, and `Library.damaged` names it.
+the full model) out of service; it is never served with wrong bytes, and `Library.damaged` names it. A file whose
+modification time is another than when it was published was changed while nobody looked, or the whole store was copied:
+a thread reads it, and it is served if every chunk has its published hash.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bzstream.model.digest import digest_chunks
 from bzstream.model.errors import StoreDamaged
 from bzstream.model.record import (
     SnapshotRecord,
@@ -62,22 +66,17 @@ class Unit:
         """Whether the unit may be served: every file behind it is still the one that was published (µs)."""
         return self.whole and self.payload.intact()
 
-    def describe(self) -> dict[str, object]:
-        """The unit's entry in GET /model."""
-        return {
-            "unit": self.kind,
-            "expert_group": self.group,
-            "size": self.size,
-            "content_hash": self.content_hash,
-            "etag": self.etag,
-            "etag_enveloped": self.etag_enveloped,
-        }
-
 
 class Snapshot:
     """One published version, open. Counted: `release` by the last holder closes what nothing else holds."""
 
-    def __init__(self, record: SnapshotRecord, units: Mapping[str, Unit], files: tuple[UnitFile, ...]) -> None:
+    def __init__(
+        self,
+        record: SnapshotRecord,
+        units: Mapping[str, Unit],
+        files: tuple[UnitFile, ...],
+        suspects: tuple[tuple[UnitFile, tuple[str, ...]], ...] = (),
+    ) -> None:
         self.version = record.version
         self.block = record.block
         self.sequence = record.sequence
@@ -91,6 +90,8 @@ class Snapshot:
         self.units = units
         """By label."""
         self.groups = tuple(sorted(unit.group for unit in units.values() if unit.group is not None))
+        self.suspects = suspects
+        """Files marked `broken` until someone has found them to have these chunk hashes (`recheck`)."""
         self._files = files
         self._references = 1
 
@@ -104,15 +105,6 @@ class Snapshot:
     @property
     def full(self) -> Unit:
         return self.units["full"]
-
-    def describe(self) -> dict[str, object]:
-        """The version's entry in GET /model; `published_at` in seconds since 1970."""
-        return {
-            "model_version": self.version,
-            "block_number": self.block,
-            "published_at": self.published_at,
-            "units": [unit.describe() for unit in self.units.values()],
-        }
 
     def retain(self) -> None:
         """Hold the snapshot open; pair each call with one `release`."""
@@ -135,7 +127,8 @@ class Snapshot:
 def open_snapshot(folder: Path) -> Snapshot:
     """Open the snapshot in `folder`. Raises StoreDamaged when its record cannot be read.
 
-    A unit file that is missing or cut is no error here: its units open, and are not `intact`.
+    A unit file that is missing or cut is no error here: its units open, and are not `intact`. Neither are those of a
+    file with another modification time than when it was published; such files are the snapshot's `suspects`.
     """
     record = read_record(folder)
     with ExitStack() as cleanup:
@@ -158,7 +151,12 @@ def open_snapshot(folder: Path) -> Snapshot:
             if unit.kind != "rest":
                 units[unit.label] = _unit(record, unit, Payload(tuple(parts)), whole)
         cleanup.pop_all()
-    return Snapshot(record, units, tuple(file for file in files if file is not None))
+    suspects = []
+    for unit, file in zip(record.units, files, strict=True):
+        if file is not None and os.fstat(file.fd).st_mtime_ns != unit.mtime_ns:
+            file.broken = True
+            suspects.append((file, unit.chunks))
+    return Snapshot(record, units, tuple(file for file in files if file is not None), tuple(suspects))
 
 
 class Library:
@@ -170,6 +168,7 @@ class Library:
         self._snapshots: dict[str, Snapshot] = {}
         self._stamps: dict[str, tuple[int, int]] = {}
         self._reported: set[str] = set()
+        self._checks: list[Recheck] = []
         self.current: Snapshot | None = None
 
     def refresh(self) -> bool:
@@ -212,7 +211,10 @@ class Library:
         return [label for label, unit in self.current.units.items() if not unit.intact()]
 
     def close(self) -> None:
-        """Release every snapshot."""
+        """Release every snapshot, and end the checks under way."""
+        for check in self._checks:
+            check.stop()
+        self._checks.clear()
         for snapshot in self._snapshots.values():
             snapshot.release()
         self._snapshots.clear()
@@ -235,6 +237,12 @@ class Library:
                 self._reported.add(str(error))
                 self._warn(str(error))
             return False
+        if snapshot.suspects:
+            self._warn(
+                f"{len(snapshot.suspects)} files of version {version} have another modification time than when they "
+                "were published; each is read again before it is served"
+            )
+            self._checks.append(Recheck(snapshot))
         old = self._snapshots.pop(version, None)
         self._snapshots[version] = snapshot
         if old is not None:
@@ -242,6 +250,32 @@ class Library:
                 self.current = snapshot
             old.release()
         return True
+
+
+class Recheck:
+    """A thread that reads a snapshot's suspects and puts those into service that are undamaged."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        # Descriptors of its own: counting references is for the event loop's thread alone.
+        self._work = [(file, os.dup(file.fd), chunks) for file, chunks in snapshot.suspects]
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="recheck", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End it at the next block."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        for file, fd, chunks in self._work:
+            try:
+                if digest_chunks(fd, stop=self._stopped.is_set) == chunks:
+                    file.broken = False
+            except OSError:
+                pass  # unreadable: it stays out of service
+            finally:
+                os.close(fd)
 
 
 def _open_file(folder: Path, unit: UnitRecord) -> UnitFile | None:
