@@ -12,8 +12,6 @@ import mmap
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import numpy as np
-
 from bzstream.chain.keys import Key
 from bzstream.client.address import Want
 from bzstream.client.entry import Options, UsageError, open_session, settle_receiver
@@ -160,6 +158,8 @@ def _head_bytes(memory: memoryview) -> bytes:
 
 
 def _numpy_views(head: Head, memory: memoryview) -> dict[str, Any]:
+    import numpy as np
+
     found: dict[str, Any] = {}
     for tensor in head.tensors:
         dtype = NUMPY_DTYPES.get(tensor.dtype)
