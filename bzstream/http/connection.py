@@ -18,6 +18,7 @@ import errno
 import select as poll
 from collections.abc import Awaitable
 from dataclasses import replace
+from functools import partial
 from inspect import isawaitable
 from math import inf
 from typing import TYPE_CHECKING
@@ -64,8 +65,8 @@ class Connection:
 
     __slots__ = (
         "_address", "_answer", "_body", "_complete", "_endpoint", "_eof", "_inbox", "_last", "_lead_body", "_lingered",
-        "_link", "_loopback", "_moved", "_parser", "_readable", "_refusal", "_request", "_scanned", "_server", "_started",
-        "_taken", "_task", "_transfer", "deadline", "fd", "phase", "seat", "slot", "surplus",
+        "_link", "_loopback", "_moved", "_parser", "_readable", "_refusal", "_request", "_scanned", "_server",
+        "_started", "_taken", "_task", "_transfer", "deadline", "fd", "phase", "seat", "slot", "surplus",
     )  # fmt: skip
 
     def __init__(self, server: Server, link: Link, fd: int, address: str, loopback: bool) -> None:
@@ -127,8 +128,6 @@ class Connection:
             return
         if events & (poll.EPOLLIN | poll.EPOLLRDHUP):
             self._readable = True
-        if events & poll.EPOLLOUT and self._transfer is not None:
-            self._server.sender.writable(self._transfer)
         self.proceed()
 
     def on_deadline(self, now: float) -> None:
@@ -145,7 +144,10 @@ class Connection:
 
     def transfer_done(self) -> None:
         """The sender's news: the whole answer is with the kernel."""
-        self._answered()
+        try:
+            self._answered()
+        except OSError:
+            self.close()
 
     def transfer_failed(self, error: Exception) -> None:
         """The sender's news: no more of the answer can be sent. What is missing is missing; nothing is made up."""
@@ -176,13 +178,15 @@ class Connection:
         begun, self.phase = self.phase in (Phase.HANDLING, Phase.SENDING), Phase.CLOSED
         if begun:
             self._report()
-        if self._transfer is not None:
-            self._server.sender.drop(self._transfer)
+        transfer = self._transfer
         if self._task is not None and self._request is not None and self._request.method in _SAFE:
             self._task.cancel()
         self._forget_request()
         self._server.forget(self)
-        self._link.close(reset=reset)
+        if transfer is not None:
+            self._server.sender.drop(transfer, partial(self._link.close, reset=reset))
+        else:
+            self._link.close(reset=reset)
 
     # Reading a request.
 
@@ -362,13 +366,12 @@ class Connection:
             if taken == len(lead) and self._link.flush():
                 self._answered()
                 return
-            self._transfer = Transfer(self, self._link, caller, lead[taken:], None, server.clock())
+            self._transfer = Transfer(self, self._link, self.fd, caller, lead[taken:], None, server.clock())
         else:
-            self._transfer = Transfer(self, self._link, caller, head, body, server.clock())
+            self._transfer = Transfer(self, self._link, self.fd, caller, head, body, server.clock())
         self._moved = server.clock()
         self._set_deadline(self._moved + server.settings.stall_timeout_s)
         server.sender.begin(self._transfer)
-        server.wake()
 
     def _answered(self) -> None:
         """The whole answer is with the kernel: go on to the next request, or to the end."""

@@ -1,9 +1,10 @@
-"""Cold pages never block the loop.
+"""Cold pages keep nobody waiting but their own download.
 
-sendfile of a page that is not in the page cache waits for the disk, and with it the whole worker. So the sender asks
-`resident` first, about 2 µs a MiB: cachestat(2) (Linux 6.5) counts the cached pages of a range in one call; on older
-kernels, and where it is not permitted, a one-byte preadv2 with RWF_NOWAIT at every 64 KiB stands in for it. Pages still
-being read count as cached, so the last byte is always probed by RWF_NOWAIT, which refuses those.
+sendfile of a page that is not in the page cache waits for the disk, and with it a sending thread and every download
+that this thread could serve. So the sender asks `resident` first, about 2 µs a MiB: cachestat(2) (Linux 6.5) counts the
+cached pages of a range in one call; on older kernels, and where it is not permitted, a one-byte preadv2 with RWF_NOWAIT
+at every 64 KiB stands in for it. Pages still being read count as cached, so the last byte is always probed by
+RWF_NOWAIT, which refuses those.
 
 A miss goes to a few threads. They read a window of the file into the page cache without copying it anywhere, by
 sendfile to /dev/null (7 µs a MiB when warm), and start the disk on the window after it. Downloads that wait for the
@@ -22,7 +23,7 @@ from functools import partial
 
 from bzstream.payload import UnitFile
 
-__all__ = ["WINDOW", "ReadAhead", "resident"]
+__all__ = ["WINDOW", "ReadAhead", "Residency"]
 
 WINDOW = 4 * 1024 * 1024
 """Bytes of one read-ahead: long enough for a disk's full speed, short enough that 256 downloads need 1 GiB of cache."""
@@ -40,49 +41,47 @@ class _CachestatRange(ctypes.Structure):
 
 
 class _Cachestat(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_uint64) for name in ("cached", "dirty", "writeback", "evicted", "recently_evicted")
-    )
+    _fields_ = tuple((name, ctypes.c_uint64) for name in ("cached", "dirty", "writeback", "evicted", "recently"))
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _libc.syscall.argtypes = (ctypes.c_long, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
-# One of each for the process: the loop is the only caller, and a call keeps nothing.
-_range, _stat = _CachestatRange(), _Cachestat()
-_range_at, _stat_at = ctypes.addressof(_range), ctypes.addressof(_stat)
-_one_byte = [bytearray(1)]
 
 
-def resident(fd: int, offset: int, length: int) -> bool:
-    """Whether bytes [offset, offset + length) of a file, length > 0, can be read without waiting for the disk.
+class Residency:
+    """Asks the kernel what is cached; one for each thread that asks, because it keeps the call's memory."""
 
-    A range beyond the file's end counts as resident: reading there returns at once. Call it on the loop's thread only.
-    """
-    page = mmap.PAGESIZE
-    first, last = offset // page, (offset + length - 1) // page
-    _range.offset, _range.length = first * page, (last - first + 1) * page
-    if _libc.syscall(_CACHESTAT, fd, _range_at, _stat_at, 0) == 0:
-        if _stat.cached != last - first + 1:
-            return _beyond_end(fd, offset + length)
-        return _readable(fd, offset + length - 1)
-    return all(_readable(fd, at) for at in range(offset, offset + length, _PROBE)) and _readable(
-        fd, offset + length - 1
-    )
+    __slots__ = ("_at", "_byte", "_range", "_stat")
 
+    def __init__(self) -> None:
+        self._range, self._stat = _CachestatRange(), _Cachestat()
+        self._at = (ctypes.addressof(self._range), ctypes.addressof(self._stat))
+        self._byte = [bytearray(1)]
 
-def _beyond_end(fd: int, end: int) -> bool:
-    return os.fstat(fd).st_size < end
+    def resident(self, fd: int, offset: int, length: int) -> bool:
+        """Whether bytes [offset, offset + length) of a file, length > 0, can be read without waiting for the disk.
 
+        What lies beyond the file's end counts as resident: reading there returns at once.
+        """
+        page = mmap.PAGESIZE
+        first, last = offset // page, (offset + length - 1) // page
+        self._range.offset, self._range.length = first * page, (last - first + 1) * page
+        if _libc.syscall(_CACHESTAT, fd, *self._at, 0) == 0:
+            if self._stat.cached < last - first + 1:
+                return os.fstat(fd).st_size < offset + length
+        elif not all(self._readable(fd, at) for at in range(offset, offset + length, _PROBE)):
+            return False
+        return self._readable(fd, offset + length - 1)
 
-def _readable(fd: int, offset: int) -> bool:
-    try:
-        os.preadv(fd, _one_byte, offset, os.RWF_NOWAIT)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # not supported by this file system: sendfile itself will tell
-    return True
+    def _readable(self, fd: int, offset: int) -> bool:
+        try:
+            os.preadv(fd, self._byte, offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True  # not supported by this file system: sendfile itself will tell
+        return True
 
 
 class ReadAhead:

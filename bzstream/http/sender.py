@@ -1,31 +1,45 @@
 """The run queue: who sends next, and how much.
 
-A download is a `Transfer`. At any time it is *ready* (there may be room in its socket), *blocked* (the socket was full;
-the poller says when there is room again) or *cold* (its next bytes are on their way from the disk). Only ready
-transfers stand in the queue. Each turn of the event loop spends a few milliseconds on them and then goes back to accept
-connections and answer small requests, so no download, and no thousand of them, makes anybody wait for long.
+A download is a `Transfer`. At any time it is *ready* (there may be room in its socket), *busy* (a thread is sending for
+it), *blocked* (the socket was full; the kernel will say when there is room) or *cold* (its next bytes are on their way
+from the disk). Only ready transfers stand in the queue.
 
-Whose turn it is, deficit round robin decides on two levels. Callers take turns, each with a quantum of bytes; what a
-caller could not use for lack of room is not saved up. Inside a caller its connections take turns. So a miner with 64
-connections gets one miner's share, and a miner with one connection gets the same.
+Whose turn it is, deficit round robin decides on two levels. Callers take turns, each with a quantum of bytes; inside a
+caller its connections take turns. So a miner with 64 connections gets one miner's share, and a miner with one
+connection gets the same. What a caller could not use for want of room it may use in its next turn, once.
 
-The bytes never enter this process: sendfile moves them from the page cache to the socket, a quantum at a time, from
-explicit offsets, so that any number of downloads share one open file.
+The bytes never enter this process: sendfile moves them from the page cache to the socket, from explicit offsets, so
+that any number of downloads share one open file. Moving them is work for the kernel, and sendfile does it without the
+interpreter's lock; so a few threads do nothing else, and the event loop keeps to requests. A second thread is worth
+another core of sending, and no download, nor a thousand of them, makes a request wait.
+
+Threads share one queue under one lock, held for microseconds. A transfer has one user at a time: its thread while it is
+busy, the loop otherwise. That is the one rule here; `drop` of a busy transfer therefore only marks it, and the link is
+closed (and its descriptor free for reuse) when its thread has let go.
 """
 
 from __future__ import annotations
 
+import asyncio
 import enum
+import os
+import select
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
 from bzstream.http.bodies import Body
 from bzstream.http.links import Link
-from bzstream.http.readahead import ReadAhead, resident
+from bzstream.http.readahead import ReadAhead, Residency
 from bzstream.payload import Extent, UnitFile
 
 __all__ = ["Damaged", "Sender", "Transfer", "TransferState"]
+
+_EVENTS = 256
+_PICKS_PER_POLL = 8
+"""A busy thread looks for sockets that have room again every so many turns, about once a millisecond."""
+_ARMED = select.EPOLLOUT | select.EPOLLONESHOT
 
 
 class Damaged(Exception):
@@ -40,13 +54,14 @@ class TransferState(enum.Enum):
     """Where a transfer stands; see the head of this file."""
 
     READY = enum.auto()
+    BUSY = enum.auto()
     BLOCKED = enum.auto()
     COLD = enum.auto()
-    DONE = enum.auto()
+    OVER = enum.auto()
 
 
 class Owner(Protocol):
-    """The connection behind a transfer."""
+    """The connection behind a transfer, called on the loop."""
 
     def transfer_done(self) -> None:
         """Everything is with the kernel."""
@@ -55,40 +70,38 @@ class Owner(Protocol):
         """The link, the file or the code failed; nothing more is sent."""
 
 
-class Flow:
-    """One caller's ready transfers and what it may still send this round."""
-
-    __slots__ = ("caller", "deficit", "ready")
-
-    def __init__(self, caller: str) -> None:
-        self.caller = caller
-        self.deficit = 0
-        self.ready: deque[Transfer] = deque()
-
-
 class Transfer:
-    """An answer on its way out: `lead` from memory, then `body` from position `position` on.
+    """An answer on its way out: `lead` from memory, then `body`. Holds the body's files from construction to `close`.
 
-    Holds the body's files from construction to `close`.
+    Made and closed on the loop, advanced by one thread at a time.
     """
 
     __slots__ = (
-        "_assured", "_body", "_lead", "_length", "_link", "caller", "first_sent", "owner", "position", "queued",
-        "state", "taken",
+        "_assured", "_body", "_lead", "_length", "_link", "caller", "dropped", "fd", "first_sent", "flow", "owner",
+        "position", "queued", "registered", "state", "taken", "wanted",
     )  # fmt: skip
 
-    def __init__(self, owner: Owner, link: Link, caller: str, lead: bytes, body: Body | None, queued: float) -> None:
+    def __init__(
+        self, owner: Owner, link: Link, fd: int, caller: str, lead: bytes, body: Body | None, queued: float
+    ) -> None:
         self.owner = owner
         self.caller = caller
         self.queued = queued
-        """When it entered the queue (monotonic seconds)."""
+        """When it was made (monotonic seconds)."""
         self.first_sent = 0.0
         """When it had its first turn; 0 before."""
-        self.state = TransferState.DONE
         self.position = 0
         """Bytes of `body` handed over so far."""
         self.taken = 0
         """Bytes handed over so far, the lead's included."""
+        # The sender's notes.
+        self.fd = fd
+        self.state = TransferState.OVER
+        self.flow: Flow | None = None
+        self.registered = False
+        self.dropped: Callable[[], None] | None = None
+        self.wanted: Extent | None = None
+        """While cold: what is to be read."""
         self._link = link
         self._lead = memoryview(lead)
         self._body = body
@@ -108,158 +121,250 @@ class Transfer:
             self._body.release()
             self._body = None
 
-    def advance(self, allowance: int, readahead: ReadAhead, wake: Callable[[Transfer], None]) -> int:
-        """Send up to about `allowance` bytes and set `state`; returns bytes sent.
+    def assure(self, end: int) -> None:
+        """The file that was wanted has been read up to `end`; what lies there is not probed again.
+
+        Should memory be so short that it is gone already, one slow send is better than reading it for ever.
+        """
+        assert self.wanted is not None
+        _, offset, length = self.wanted
+        self._assured = self.position + min(length, end - offset)
+
+    def advance(self, allowance: int, residency: Residency) -> TransferState:
+        """Send about `allowance` bytes, or for as long as there is room; `taken` counts them. Returns the new state.
 
         Raises OSError when the link is gone or the disk fails, Damaged when a file was cut.
         """
-        sent = 0
+        limit = self.taken + allowance
         if self._lead:
             sent = self._link.send(self._lead, self.position < self._length)
+            self.taken += sent
             self._lead = self._lead[sent:]
             if self._lead:
-                self.state = TransferState.BLOCKED
-                return sent
+                return TransferState.BLOCKED
         while self.position < self._length:
-            if sent >= allowance:
-                self.state = TransferState.READY
-                return sent
+            if self.taken >= limit:
+                return TransferState.READY
             assert self._body is not None
             part = self._body.at(self.position)
             if isinstance(part, Extent):
-                count = self._send_extent(part, min(part.length, allowance - sent), readahead, wake)
-                if count is None:
-                    return sent
+                file, offset, length = part
+                count = min(length, limit - self.taken)
+                if self.position < self._assured:
+                    count = min(count, self._assured - self.position)
+                elif not residency.resident(file.fd, offset, count):
+                    self.wanted = part
+                    return TransferState.COLD
+                moved = self._link.sendfile(file.fd, offset, count)
+                if moved == 0:
+                    file.broken = True
+                    raise Damaged(file)
             else:
-                count = self._link.send(part, self.position + len(part) < self._length)
-                if count == 0:
-                    self.state = TransferState.BLOCKED
-                    return sent
-            sent += count
-            self.position += count
-        self.state = TransferState.DONE if self._link.flush() else TransferState.BLOCKED
-        return sent
+                moved = self._link.send(part, self.position + len(part) < self._length) or None
+            if moved is None:
+                return TransferState.BLOCKED
+            self.taken += moved
+            self.position += moved
+        return TransferState.OVER if self._link.flush() else TransferState.BLOCKED
 
-    def _send_extent(
-        self, extent: Extent, count: int, readahead: ReadAhead, wake: Callable[[Transfer], None]
-    ) -> int | None:
-        """Bytes sent from a file; None when there was no room or the pages are cold (`state` says which)."""
-        file, offset, length = extent
-        # What a read-ahead just brought in is not probed again: should memory be so short that it is gone already, one
-        # slow send is better than reading it for ever.
-        if self.position < self._assured:
-            count = min(count, self._assured - self.position)
-        elif not resident(file.fd, offset, count):
-            self.state = TransferState.COLD
-            end = readahead.fetch(file, offset, lambda: wake(self))
-            self._assured = self.position + min(length, end - offset)
-            return None
-        sent = self._link.sendfile(file.fd, offset, count)
-        if sent is None:
-            self.state = TransferState.BLOCKED
-            return None
-        if sent == 0:
-            file.broken = True
-            raise Damaged(file)
-        return sent
+
+class Flow:
+    """One caller's ready transfers, and the bytes that it may send in its turn."""
+
+    __slots__ = ("caller", "deficit", "ready")
+
+    def __init__(self, caller: str) -> None:
+        self.caller = caller
+        self.deficit = 0
+        self.ready: deque[Transfer] = deque()
 
 
 class Sender:
-    """The queue of ready transfers. `run` once a turn of the event loop while `busy`."""
-
-    __slots__ = ("_clock", "_flows", "_quantum", "_readahead", "_round", "_wake_loop", "active", "sent")
+    """The queue and its threads. All methods are for the loop's thread; those with `_locked` need the lock."""
 
     def __init__(
-        self, quantum: int, readahead: ReadAhead, clock: Callable[[], float], wake_loop: Callable[[], None]
+        self,
+        threads: int,
+        quantum: int,
+        loop: asyncio.AbstractEventLoop,
+        readahead: ReadAhead,
+        clock: Callable[[], float],
     ) -> None:
-        self._quantum = quantum
-        self._readahead = readahead
-        self._clock = clock
-        self._wake_loop = wake_loop
-        self._flows: dict[str, Flow] = {}
-        self._round: deque[Flow] = deque()
         self.active: set[Transfer] = set()
         """Transfers begun and not yet over."""
         self.sent = 0
         """Bytes sent since the start, heads included."""
-
-    @property
-    def busy(self) -> bool:
-        """Whether a transfer is ready."""
-        return bool(self._round)
+        self._quantum = quantum
+        self._loop = loop
+        self._readahead = readahead
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._flows: dict[str, Flow] = {}
+        self._round: deque[Flow] = deque()
+        self._idle = 0
+        self._closed = False
+        # Threads without work wait here for room in a socket, or for the bell: an eventfd, edge-triggered, so that
+        # every ring wakes one thread and nobody needs to read it.
+        self._epoll = select.epoll()
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._bell, select.EPOLLIN | select.EPOLLET)
+        self._blocked: dict[int, Transfer] = {}
+        self._threads = [threading.Thread(target=self._work, name=f"send-{n}", daemon=True) for n in range(threads)]
+        for thread in self._threads:
+            thread.start()
 
     def begin(self, transfer: Transfer) -> None:
         """Take a transfer in; its owner hears of its end, or ends it by `drop`."""
         self.active.add(transfer)
-        self._enqueue(transfer)
+        with self._lock:
+            self._enqueue_locked(transfer)
 
-    def writable(self, transfer: Transfer) -> None:
-        """There is room in the socket again."""
-        if transfer.state is TransferState.BLOCKED:
-            self._enqueue(transfer)
-
-    def drop(self, transfer: Transfer) -> None:
-        """Forget a transfer, whatever its state, and let its files go."""
-        if transfer in self.active:
-            self.active.remove(transfer)
-            flow = self._flows.get(transfer.caller)
-            if flow is not None and transfer.state is TransferState.READY:
-                try:
-                    flow.ready.remove(transfer)
-                except ValueError:
-                    pass  # it is the one whose turn it is
-            transfer.state = TransferState.DONE
+    def drop(self, transfer: Transfer, then: Callable[[], None]) -> None:
+        """Forget a transfer in whatever state; call `then` when nobody uses its link any more, perhaps at once."""
+        with self._lock:
+            if transfer.state is TransferState.BUSY:
+                transfer.dropped = then
+                return
+            if transfer.state is TransferState.READY and transfer.flow is not None:
+                transfer.flow.ready.remove(transfer)
+            self._retire_locked(transfer)
+        self.active.discard(transfer)
         transfer.close()
+        then()
 
-    def run(self, budget: float) -> None:
-        """Let ready transfers send for about `budget` seconds."""
-        deadline = self._clock() + budget
+    async def close(self) -> None:
+        """End the threads. Every transfer must have been dropped."""
+        self._closed = True
+        self._ring()
+        for thread in self._threads:
+            await self._loop.run_in_executor(None, thread.join)
+        self._epoll.close()
+        os.close(self._bell)
+
+    # On the loop, called from the threads.
+
+    def _over(self, transfer: Transfer, error: Exception | None) -> None:
+        if transfer not in self.active:
+            return  # dropped meanwhile
+        self.active.remove(transfer)
+        transfer.close()
+        if transfer.dropped is not None:
+            transfer.dropped()
+        elif error is not None:
+            transfer.owner.transfer_failed(error)
+        else:
+            transfer.owner.transfer_done()
+
+    def _fetch(self, transfer: Transfer) -> None:
+        if transfer.state is TransferState.COLD and transfer.wanted is not None:
+            file, offset, _ = transfer.wanted
+            transfer.assure(self._readahead.fetch(file, offset, lambda: self._fetched(transfer)))
+
+    def _fetched(self, transfer: Transfer) -> None:
+        with self._lock:
+            if transfer.state is TransferState.COLD:
+                self._enqueue_locked(transfer)
+
+    # In the threads.
+
+    def _work(self) -> None:
+        residency, picks = Residency(), 0
+        while not self._closed:
+            picks += 1
+            if picks % _PICKS_PER_POLL == 0 and self._blocked:
+                self._note(self._epoll.poll(0, _EVENTS))
+            with self._lock:
+                turn = self._pick_locked()
+                if turn is None:
+                    self._idle += 1
+            if turn is None:
+                events = self._epoll.poll(-1, _EVENTS)
+                with self._lock:
+                    self._idle -= 1
+                self._note(events)
+                continue
+            transfer, allowance = turn
+            taken, error = transfer.taken, None
+            if not transfer.first_sent:
+                transfer.first_sent = self._clock()
+            try:
+                state = transfer.advance(allowance, residency)
+            except Exception as problem:
+                state, error = TransferState.OVER, problem
+            with self._lock:
+                self._settle_locked(transfer, state, transfer.taken - taken, allowance, error)
+        self._ring()  # for the next thread
+
+    def _note(self, events: list[tuple[int, int]]) -> None:
+        """There is room again in these sockets (or they are gone, as sending will find)."""
+        with self._lock:
+            for fd, _ in events:
+                transfer = self._blocked.pop(fd, None)
+                if transfer is not None:
+                    self._enqueue_locked(transfer)
+
+    def _pick_locked(self) -> tuple[Transfer, int] | None:
+        """The transfer whose turn it is, now busy, and how much it may send."""
         while self._round:
             flow = self._round[0]
             if not flow.ready:
                 self._round.popleft()
                 del self._flows[flow.caller]
                 continue
+            self._round.rotate(-1)
+            flow.deficit = min(flow.deficit + self._quantum, 2 * self._quantum)
             if flow.deficit <= 0:
-                # The round comes by: a new quantum, less what was overdrawn. It goes to the end once that is used.
-                flow.deficit += self._quantum
-                if flow.deficit <= 0:
-                    self._round.rotate(-1)
-                    continue
-            self._step(flow, flow.ready.popleft())
-            if flow.deficit <= 0:
-                self._round.rotate(-1)
-            if self._clock() >= deadline:
-                return
+                continue  # it overdrew its last turn by more than a quantum
+            transfer, allowance = flow.ready.popleft(), flow.deficit
+            flow.deficit = 0
+            transfer.state = TransferState.BUSY
+            if self._idle and (flow.ready or len(self._round) > 1):
+                self._ring()  # there may be work for another thread
+            return transfer, allowance
+        return None
 
-    def _step(self, flow: Flow, transfer: Transfer) -> None:
-        if not transfer.first_sent:
-            transfer.first_sent = self._clock()
-        try:
-            sent = transfer.advance(flow.deficit, self._readahead, self._wake)
-        except Exception as error:
-            self.drop(transfer)
-            transfer.owner.transfer_failed(error)
-            return
-        flow.deficit -= sent
-        transfer.taken += sent
+    def _settle_locked(
+        self, transfer: Transfer, state: TransferState, sent: int, allowance: int, error: Exception | None
+    ) -> None:
+        """A transfer's turn has ended."""
         self.sent += sent
-        if transfer.state is TransferState.READY:
-            flow.ready.append(transfer)
-        elif transfer.state is TransferState.DONE:
-            self.drop(transfer)
-            transfer.owner.transfer_done()
+        if transfer.flow is not None:
+            transfer.flow.deficit += allowance - sent
+        if transfer.dropped is not None:
+            state = TransferState.OVER
+        transfer.state = state
+        if state is TransferState.READY:
+            self._enqueue_locked(transfer)
+        elif state is TransferState.BLOCKED:
+            self._blocked[transfer.fd] = transfer
+            if transfer.registered:
+                self._epoll.modify(transfer.fd, _ARMED)
+            else:
+                self._epoll.register(transfer.fd, _ARMED)
+                transfer.registered = True
+        elif state is TransferState.COLD:
+            self._loop.call_soon_threadsafe(self._fetch, transfer)
+        else:
+            self._retire_locked(transfer)
+            self._loop.call_soon_threadsafe(self._over, transfer, error)
 
-    def _wake(self, transfer: Transfer) -> None:
-        """The pages that a cold transfer waits for have come."""
-        if transfer.state is TransferState.COLD:
-            self._enqueue(transfer)
-            self._wake_loop()
-
-    def _enqueue(self, transfer: Transfer) -> None:
+    def _enqueue_locked(self, transfer: Transfer) -> None:
         transfer.state = TransferState.READY
         flow = self._flows.get(transfer.caller)
         if flow is None:
             flow = self._flows[transfer.caller] = Flow(transfer.caller)
             self._round.append(flow)
+        transfer.flow = flow
         flow.ready.append(transfer)
+        if self._idle:
+            self._ring()
+
+    def _retire_locked(self, transfer: Transfer) -> None:
+        transfer.state = TransferState.OVER
+        self._blocked.pop(transfer.fd, None)
+        if transfer.registered:
+            self._epoll.unregister(transfer.fd)
+            transfer.registered = False
+
+    def _ring(self) -> None:
+        os.eventfd_write(self._bell, 1)

@@ -1,12 +1,11 @@
 """The server of one worker: accepts, polls, limits, keeps time, and gives every turn of the loop its order.
 
 All sockets of the worker are in one epoll set of our own, edge-triggered, and that set is the only thing that the event
-loop watches. A connection is registered once in its life, its readiness is news that comes once, and a download that
-fills its socket 3,000 times a second costs no further system call and no object in the loop. It runs on any asyncio
-loop that has `add_reader`; on uvloop for speed.
+loop watches. A connection is registered once in its life, its readiness is news that comes once, and there is no object
+in the loop for it. It runs on any asyncio loop that has `add_reader`; on uvloop for speed.
 
-One turn: take the poller's news; let connections act on it (requests, accepts) for at most `turn_s`; let the sender
-send for at most `turn_s`; if anything is left, ask for another turn and go back to the loop.
+One turn: take the poller's news; let connections act on it for at most `turn_s`; accept; if anything is left, ask for
+another turn and go back to the loop. Long answers are none of the loop's business: `sender.py` sends them.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from bzstream.http.wheel import Wheel
 
 __all__ = ["Server", "raise_descriptor_limit"]
 
-_EVENTS = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET
+_EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 _ACCEPTS = 64
 """Connections taken from one listener in a row."""
 _BATCH = 256
@@ -93,7 +92,7 @@ class Server:
         self.wheel = Wheel(min(1.0, shortest / 8), clock())
         self._loop = loop or asyncio.get_running_loop()
         self._readahead = ReadAhead(self._loop)
-        self.sender = Sender(settings.quantum, self._readahead, clock, self.wake)
+        self.sender = Sender(settings.send_threads, settings.quantum, self._loop, self._readahead, clock)
         # The sockets.
         self._epoll = select.epoll()
         self._listeners: dict[int, socket.socket] = {}
@@ -161,6 +160,7 @@ class Server:
         self._loop.remove_reader(self._epoll.fileno())
         if self._heartbeat is not None:
             self._heartbeat.cancel()
+        await self.sender.close()
         await self._readahead.close()
         while self._tasks:
             await asyncio.wait(self._tasks)
@@ -247,9 +247,7 @@ class Server:
                 break
         for fd in accepting:
             self._accept(self._listeners[fd])
-        if self.sender.busy:
-            self.sender.run(self.settings.turn_s)
-        if news or self.sender.busy:
+        if news:
             self.wake()
 
     def _beat(self, expected: float) -> None:
