@@ -332,7 +332,13 @@ async def _run(child: Child, stop: asyncio.Event, changes: asyncio.Queue[Setting
 
         ledger = await asyncio.to_thread(AsyncLedger.open, child.settings.ledger_location())
         try:
-            await chain_role.run(child.settings.chain, ledger.write_chain_state, stop)
+            await chain_role.run(
+                child.settings.chain,
+                ledger.write_chain_state,
+                stop,
+                book=ledger,
+                wallet=child.settings.node.wallet,
+            )
         finally:
             await asyncio.to_thread(ledger.close)
     else:

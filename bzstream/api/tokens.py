@@ -18,9 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bzstream.chain.keys import InvalidHotkey, decode_hotkey
+from bzstream.config import AuthSettings
 from bzstream.errors import BzstreamError
 
-__all__ = ["MIN_SHARED_TOKEN", "TokenError", "Tokens", "TokensFile", "check_shared_token"]
+__all__ = ["MIN_SHARED_TOKEN", "TokenError", "Tokens", "TokensFile", "open_tokens"]
 
 MIN_SHARED_TOKEN = 32
 """Characters; the contract. 32 hex digits are 128 bits."""
@@ -44,6 +45,12 @@ def check_shared_token(token: str | None) -> str:
             "the shared token holds characters that a Bearer header cannot carry; use visible ASCII without spaces"
         )
     return token
+
+
+def open_tokens(settings: AuthSettings) -> TokensFile:
+    """The tokens that the settings name. Raises TokenError: a server must not start half configured."""
+    shared = check_shared_token(settings.token)
+    return TokensFile(shared, Path(settings.tokens_file) if settings.tokens_file else None)
 
 
 def is_sendable(token: str) -> bool:

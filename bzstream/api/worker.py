@@ -11,13 +11,12 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from ipaddress import ip_address
-from pathlib import Path
 
 import structlog
 
 from bzstream.api.app import Api
 from bzstream.api.metrics import CHAIN_AGE, CONNECTIONS, DOWNLOADS, SNAPSHOT_BLOCK, SNAPSHOT_TIME, Telemetry
-from bzstream.api.tokens import TokensFile, check_shared_token
+from bzstream.api.tokens import open_tokens
 from bzstream.api.view import View
 from bzstream.config import Settings
 from bzstream.errors import BzstreamError
@@ -37,12 +36,10 @@ async def run(
 
     Raises BzstreamError when the worker cannot start.
     """
-    shared = check_shared_token(settings.auth.token)
-    tokens_file = Path(settings.auth.tokens_file) if settings.auth.tokens_file else None
     view = View(
         settings=settings,
         library=Library(settings.store_path(), warn=lambda text: log.warning(text)),
-        tokens=TokensFile(shared, tokens_file),
+        tokens=open_tokens(settings.auth),
         ledger=None,
         loopback=ip_address(listener.getsockname()[0]).is_loopback,
     )

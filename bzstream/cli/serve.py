@@ -39,7 +39,7 @@ def serve(
     The shared token comes from BZ_AUTH_TOKEN (at least 32 characters). SIGTERM drains, SIGHUP reads the settings again.
     """
     from bzstream import node
-    from bzstream.api.tokens import check_shared_token
+    from bzstream.api.tokens import open_tokens
     from bzstream.config import Settings, load
 
     flags: dict[str, object] = {
@@ -65,7 +65,7 @@ def serve(
     now = settings()
     now.store_path()
     if "http" in roles:
-        check_shared_token(now.auth.token)
+        open_tokens(now.auth)
     sys.exit(node.serve(now, roles, settings))
 
 

@@ -1,0 +1,291 @@
+"""The supervisor and its children as processes: starting, refusing to start, taking changes in, ending, dying."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from bzstream.model import publish
+from tests.nodes import BLOCK, GROUPS, TOKEN, VERSION, Node, eventually, free_port, running_node
+
+IN_FORCE_S = 1.0
+"""The contract: a new snapshot, chain file or tokens file is in force within 1 s."""
+
+
+@pytest.fixture
+def place(tmp_path: Path, checkpoint: Path) -> Path:
+    """A folder with a store of its own."""
+    publish(checkpoint, tmp_path / "store", block=BLOCK, version=VERSION, groups=GROUPS)
+    return tmp_path
+
+
+def serve(*arguments: str, token: str | None = TOKEN, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `bzstream serve` that is expected to refuse."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("BZ_")}
+    if token is not None:
+        clean["BZ_AUTH_TOKEN"] = token
+    command = [sys.executable, "-m", "bzstream", "serve", *arguments]
+    return subprocess.run(
+        command, env={**clean, **environment}, capture_output=True, text=True, timeout=30, check=False
+    )
+
+
+def test_serve_refuses_to_start(place: Path) -> None:
+    store = ("--store", str(place / "store"), "--chain-file", str(place / "chain.json"), "--no-evaluator")
+    tokens = place / "loose.toml"
+    tokens.write_text('"a" = "b"')
+    tokens.chmod(0o644)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for result, says in (
+            (serve(*store, token=None), "BZ_AUTH_TOKEN"),
+            (serve(*store, token=""), "BZ_AUTH_TOKEN"),
+            (serve(*store, token="x" * 31), "32"),
+            (serve(*store, "--port", port), port),
+            (serve("--chain-file", "x"), "--store"),
+            (serve(*store, BZ_TOKENS_FILE=str(tokens)), "0600"),
+            (serve(*store, BZ_TOKENS_FILE=str(place / "none.toml")), "tokens file"),
+            (serve(*store, BZ_HTTP_PORT="many"), "BZ_HTTP_PORT"),
+            (serve(*store, "--config", str(place / "none.toml")), "none.toml"),
+        ):
+            assert result.returncode == 1, result
+            (line,) = result.stderr.strip().splitlines()
+            assert says in line
+            assert "Traceback" not in result.stderr
+    assert serve(*store, "--port", "x").returncode == 2
+    assert serve(*store, "--role", "cook").returncode == 2
+
+
+def test_a_new_snapshot_is_in_force_within_a_second(place: Path, checkpoint: Path) -> None:
+    with running_node(place) as node:
+        old = node.get("/model/partial", node.headers(0))
+        publish(checkpoint, node.store, block=BLOCK + 1, version="step_1001", groups=GROUPS)
+        eventually(lambda: node.get("/model", node.headers()).json["current"] == "step_1001", "flip", IN_FORCE_S)
+        new = node.get("/model/partial", node.headers(0))
+        assert new.headers["X-Model-Version"] == "step_1001"
+        assert new.headers["ETag"] != old.headers["ETag"], "the envelope changed"
+        assert node.get(f"/model/partial?version={VERSION}", node.headers(0)).body == old.body
+
+
+def test_a_node_without_a_snapshot_starts_and_waits(tmp_path: Path, checkpoint: Path) -> None:
+    (tmp_path / "store").mkdir()
+    with running_node(tmp_path, wait=False) as node:
+        eventually(lambda: answers(node), "the node answers")
+        eventually(lambda: node.health()["current_block"] == BLOCK, "the chain is known")
+        health = node.health()
+        assert (health["status"], health["model_loaded"]) == ("starting", False)
+        answer = node.get("/model/partial", node.headers(0))
+        assert (answer.status, answer.json["code"]) == (503, "model_not_loaded")
+        assert int(answer.headers["Retry-After"]) > 0
+        assert node.get("/model/full", node.as_validator()).status == 503
+        publish(checkpoint, node.store, block=BLOCK, version=VERSION, groups=GROUPS)
+        eventually(lambda: node.health()["status"] == "healthy", "the snapshot is served", IN_FORCE_S)
+
+
+def answers(node: Node) -> bool:
+    try:
+        return node.get("/health").status == 200
+    except OSError:
+        return False
+
+
+def test_a_new_chain_file_is_in_force_within_a_second(place: Path) -> None:
+    with running_node(place) as node:
+        assert node.health()["phase"] == "train"
+        node.write_chain(12530)
+        eventually(lambda: node.health()["phase"] == "submit", "the phase", IN_FORCE_S)
+        assert node.health()["current_block"] == 12530
+        assert node.get("/model/full", node.as_validator()).status == 200
+        node.write_chain(12530, validators=[])
+        eventually(lambda: node.get("/model/full", node.as_validator()).status == 403, "permits", IN_FORCE_S)
+        (place / "chain.json").write_text("{")
+        node.write_chain(12531, block_seconds="soon")
+        time.sleep(IN_FORCE_S)  # nothing may happen in this second
+        assert node.health() == {"status": "healthy", "model_loaded": True, "current_block": 12530, "phase": "submit"}
+
+
+def test_a_changed_tokens_file_is_in_force_within_a_second(place: Path) -> None:
+    with running_node(place) as node:
+        fresh = "y" * 40
+        tokens = place / "tokens.toml"
+        good = tokens.read_text()
+        tokens.write_text(good + f'"{fresh}" = "{node.hotkey}"\n')
+        headers = {"Authorization": f"Bearer {fresh}"}
+        eventually(lambda: node.get("/model", headers).status == 200, "the new token", IN_FORCE_S)
+        tokens.write_text(good + "not toml")
+        eventually(lambda: "cannot refresh" in node.log(), "the warning", IN_FORCE_S)
+        assert node.get("/model", headers).status == 200, "the last good one stays"
+        assert node.log().count("cannot refresh") == 1
+        tokens.write_text(good)
+        eventually(lambda: node.get("/model", headers).status == 401, "the token is gone", IN_FORCE_S)
+        assert fresh not in node.log()
+        assert TOKEN not in node.log()
+
+
+def test_a_cut_file_is_not_served(place: Path) -> None:
+    with running_node(place) as node:
+        file = node.store / "snapshots" / VERSION / "group-1.safetensors"
+        os.truncate(file, file.stat().st_size - 1)
+        for path, headers in (("/model/partial", node.headers(1)), ("/model/full", node.as_validator())):
+            answer = node.get(path, headers)
+            assert (answer.status, answer.json["code"]) == (503, "unit_damaged")
+        assert node.get("/model/partial", node.headers(0)).status == 200
+        eventually(lambda: node.health()["status"] == "degraded", "health tells", IN_FORCE_S)
+        assert any("partial/1" in reason for reason in node.health()["reasons"])
+
+
+def test_a_worker_that_dies_is_started_again(place: Path) -> None:
+    with running_node(place, "--workers", "2") as node:
+        workers = children(node.process.pid, "http")
+        assert len(workers) == 2
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+        # The supervisor holds the listening sockets, so that connections queue instead of being refused.
+        assert node.get("/health").status == 200
+        eventually(lambda: len(children(node.process.pid, "http")) == 2, "both are back")
+        assert not set(children(node.process.pid, "http")) & set(workers)
+
+
+def test_killing_the_supervisor_leaves_nothing(place: Path) -> None:
+    with running_node(place, "--workers", "2") as node:
+        family = children(node.process.pid)
+        assert len(family) == 3
+        node.process.kill()
+        node.process.wait()
+        gone = time.monotonic()
+        eventually(lambda: not any(alive(child) for child in family), "no process is left", 2.0)
+        eventually(lambda: free(node.port), "the port is free", 2.0 - (time.monotonic() - gone))
+
+
+def test_sigterm_drains(place: Path) -> None:
+    with running_node(place) as node, half_a_download(node) as (download, rest):
+        node.process.send_signal(signal.SIGTERM)
+        eventually(lambda: refused(node.port), "new connections are refused")
+        received = 0
+        while chunk := download.recv(1 << 20):
+            received += len(chunk)
+        assert received == rest, "the download under way was finished"
+        assert node.process.wait(timeout=20) == 0
+
+
+def test_drain_has_an_end(place: Path) -> None:
+    with running_node(place, environment={"BZ_HTTP_DRAIN_S": "0.5"}) as node, half_a_download(node):
+        node.process.send_signal(signal.SIGTERM)
+        assert node.process.wait(timeout=20) == 0
+
+
+@contextmanager
+def half_a_download(node: Node) -> Iterator[tuple[socket.socket, int]]:
+    """A connection that has read the head of the full model and nothing more: (the socket, the bytes to come)."""
+    with socket.create_connection(("127.0.0.1", node.port)) as download:
+        download.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        head = f"GET /model/full HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {node.validator_token}\r\n\r\n"
+        download.sendall(head.encode())
+        data = b""
+        while b"\r\n\r\n" not in data:
+            data += download.recv(4096)
+        head_bytes, body = data.split(b"\r\n\r\n", 1)
+        length = re.search(rb"(?i)content-length: (\d+)", head_bytes)
+        assert length is not None
+        yield download, int(length[1]) - len(body)
+
+
+def test_sighup_reads_the_settings_again(place: Path) -> None:
+    config = place / "bzstream.toml"
+    config.write_text("[auth]\ntrust_claimed_hotkey = false\n")
+    with running_node(place, "--config", str(config)) as node:
+        claim = {**node.headers(), "X-Hotkey": node.validator.hotkey}
+        assert node.get("/model/full", claim).status == 403
+        config.write_text("[auth]\ntrust_claimed_hotkey = true\n")
+        node.process.send_signal(signal.SIGHUP)
+        eventually(lambda: node.get("/model/full", claim).status == 200, "the claim counts now")
+        config.write_text("[auth]\ntrust_claimed_hotkey = 7\n")
+        node.process.send_signal(signal.SIGHUP)
+        eventually(lambda: "settings not reloaded" in node.log(), "bad settings are refused")
+        assert node.get("/model/full", claim).status == 200
+
+
+def test_one_role_alone(place: Path) -> None:
+    with running_node(place, "--role", "http", wait=False) as node:
+        eventually(lambda: answers(node), "the node answers")
+        assert node.get("/model/partial", node.headers(0)).status == 200, "downloads need the store alone"
+        health = node.health()
+        assert health["status"] == "degraded"
+        assert (health["current_block"], health["phase"]) == (0, "distribute")
+        answer = node.get("/model/full", node.as_validator())
+        assert (answer.status, answer.json["code"]) == (503, "chain_unknown")
+
+
+def test_metrics_of_all_workers(place: Path) -> None:
+    port = free_port()
+    with running_node(place, "--workers", "2", "--metrics-port", str(port)) as node:
+        for _ in range(20):
+            assert node.get("/model/partial", node.headers(0)).status == 200
+        metrics = Node(place, port, node.process, node.validator, node.validator_token)
+
+        def counted() -> bool:
+            text = metrics.get("/metrics").body.decode()
+            return 'bzstream_unit_downloads_total{outcome="complete",unit="partial/0"} 20.0' in text
+
+        eventually(counted, "20 downloads over both workers")
+        text = metrics.get("/metrics").body.decode()
+        assert f"bzstream_snapshot_block {float(BLOCK)}" in text
+        assert TOKEN not in text
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_json_logs_hold_no_secret(place: Path) -> None:
+    with running_node(place, "--log-json") as node:
+        node.get("/model/partial?format=safetensors", node.headers(0))
+        eventually(lambda: '"unit":"partial/0"' in node.log().replace(" ", ""), "the request is logged")
+        assert TOKEN not in node.log()
+
+
+def children(parent: int, role: str = "") -> list[int]:
+    """Living children of a process, by the role in their command line."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            status = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+            command = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if int(status[1]) == parent and status[0] != "Z" and (not role or role.encode() in command):
+            found.append(int(entry.name))
+    return found
+
+
+def alive(process: int) -> bool:
+    try:
+        return (Path("/proc") / str(process) / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def free(port: int) -> bool:
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            again.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def refused(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except ConnectionRefusedError:
+        return True
+    return False
