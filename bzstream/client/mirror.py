@@ -9,7 +9,7 @@ import random
 from collections import Counter
 
 from bzstream.client.address import Address
-from bzstream.client.errors import ClientError, Misbehaved, Passing, Refused, Unreachable, WrongHash
+from bzstream.client.errors import Busy, ClientError, Misbehaved, Passing, Unreachable, WrongHash
 from bzstream.client.tuning import Tuning
 
 __all__ = ["Mirror", "backoff"]
@@ -47,26 +47,22 @@ class Mirror:
         self._failures = 0
         self._violations = 0
 
-    def trouble(self, error: ClientError, now: float) -> None:
-        """Draw the consequence of an error that a request to it met."""
+    def trouble(self, error: ClientError, now: float) -> ClientError | None:
+        """Note an error that a request to it met; returned when it means that the mirror should be dropped."""
         if isinstance(error, Misbehaved):
             self._violations += 1
-            if self._violations >= self._tuning.violations:
-                self.dropped = error
-        elif isinstance(error, Passing):
-            if error.retry_after is not None and error.retry_after > self._tuning.max_retry_after_s:
-                self.dropped = error
-            elif now >= self.not_before:
-                # Of many lanes that meet the same outage only the first counts it.
-                self._failures += 1
-                least = error.retry_after or 0.0
-                wait = backoff(self._failures) if isinstance(error, Unreachable) or least else 0.0
-                self.not_before = now + least + wait
-        elif isinstance(error, Refused | WrongHash):
-            self.dropped = error
+            return error if self._violations >= self._tuning.violations else None
+        if not isinstance(error, Passing):
+            return error
+        if error.retry_after is not None and error.retry_after > self._tuning.max_retry_after_s:
+            return error
+        if now >= self.not_before and (error.retry_after or isinstance(error, Unreachable | Busy)):
+            # Of many lanes that meet the same outage only the first counts it.
+            self._failures += 1
+            self.not_before = now + (error.retry_after or 0.0) + backoff(self._failures)
+        return None
 
-    def strike(self, chunk: int, text: str) -> None:
-        """All of `chunk` came from here and is wrong."""
+    def strike(self, chunk: int, text: str) -> WrongHash | None:
+        """All of `chunk` came from here and is wrong; after a few times that is a verdict, in these words."""
         self._strikes[chunk] += 1
-        if self._strikes[chunk] >= self._tuning.strikes:
-            self.dropped = WrongHash(text)
+        return WrongHash(text) if self._strikes[chunk] >= self._tuning.strikes else None

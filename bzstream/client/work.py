@@ -1,0 +1,147 @@
+"""What all threads of one transfer share: the plan, who is to blame, and the verdict on each chunk.
+
+One lock guards it; it is held for microseconds, never over I/O or hashing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from bzstream.client.errors import ClientError
+from bzstream.client.follower import Follower
+from bzstream.client.journal import Journal
+from bzstream.client.manifest import Manifest
+from bzstream.client.mirror import Mirror
+from bzstream.client.plan import Plan
+from bzstream.client.session import Session
+from bzstream.client.sinks import Sink
+from bzstream.client.wire import Connection
+
+__all__ = ["Work"]
+
+READ_BACK = 1 << 20
+"""Bytes of one read when a chunk has to be hashed after the fact."""
+
+
+class Work:
+    """The state of one unit's transfer. Names with a comment "lock" are touched with the lock held only."""
+
+    def __init__(
+        self,
+        session: Session,
+        manifest: Manifest,
+        plan: Plan,
+        sink: Sink,
+        *,
+        version: str | None,
+        check: bool,
+        follower: Follower | None,
+        journal: Journal | None,
+    ) -> None:
+        self.session = session
+        self.tuning = session.tuning
+        self.mirrors = session.mirrors
+        self.manifest = manifest
+        self.sink = sink
+        self.version = version
+        """The version that requests name; None: the server's current one."""
+        self.check = check
+        """Whether chunks are compared with their hashes."""
+        self.follower = follower
+        self.journal = journal
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)
+        """There may be work, or everything is over."""
+        self.plan = plan  # lock
+        self.over = False
+        self.failure: BaseException | None = None  # lock
+        """What ends the transfer."""
+        self.last_trouble: ClientError | None = None  # lock
+        self.fetched = 0  # lock
+        """Payload bytes that came over the network."""
+        self.again = 0  # lock
+        """Chunks that were wrong and fetched again."""
+        self.rate = 0.0
+        """Bytes a second of all lanes together, over the last seconds."""
+        self.target = 0  # lock
+        """How many lanes there should be."""
+        self.waiting = 0  # lock
+        """Lanes that found nothing to do."""
+        self.busy: dict[int, Connection] = {}  # lock
+        """Lane -> the connection it works with."""
+        self.connecting: set[int] = set()  # lock
+        """Lanes that wait for a connection to open, which cannot be interrupted."""
+        self._prefix = 0  # lock
+        """Chunks verified without a gap from the start."""
+
+    def guarded(self, work: Callable[[], None]) -> None:
+        """Run a thread's work; what it did not expect ends the transfer."""
+        try:
+            work()
+        except BaseException as error:
+            with self.changed:
+                if self.failure is None:
+                    self.failure = error
+                self.changed.notify_all()
+
+    def judge(self, index: int, mirror: Mirror | None) -> None:
+        """A chunk is complete: check its hash, and either count it or have it fetched again."""
+        plan = self.plan
+        begin, length = index * plan.chunk_size, plan.length(index)
+        with self.lock:
+            chunk = plan.chunk(index)
+        while self.check and chunk.hashed < length:
+            # Bytes that came out of order, or in an earlier process, are read back.
+            count = min(READ_BACK, length - chunk.hashed)
+            chunk.hasher.update(self.sink.read(begin + chunk.hashed, count))
+            chunk.hashed += count
+        good = not self.check or chunk.hasher.digest() == self.manifest.chunks[index]
+        if good:
+            self.sink.settled(begin, length)
+        with self.changed:
+            if good:
+                plan.verified(index)
+                if mirror is not None:
+                    mirror.good()
+            else:
+                if self.follower is not None:
+                    self.follower.discard(begin, begin + length)
+                plan.failed(index)
+                self.again += 1
+                self._blame(index, chunk.sources)
+            if self.journal is not None:
+                self.journal.judged(index, good=good)
+            if plan.complete or not good:
+                self.changed.notify_all()
+        if good:
+            self.follow()
+
+    def follow(self) -> None:
+        """Tell the SHA-256 how far the verified prefix reaches."""
+        if self.follower is None:
+            return
+        with self.lock:
+            gap = self.plan.done.find(0, self._prefix)
+            self._prefix = self.plan.count if gap < 0 else gap
+            limit = min(self._prefix * self.plan.chunk_size, self.plan.size)
+        self.follower.advance(limit)
+
+    def drop(self, mirror: Mirror, error: ClientError) -> None:
+        """Say that a mirror is used no more. With the lock held."""
+        mirror.dropped = error
+        self.last_trouble = error
+        if len(self.mirrors) > 1:
+            self.session.notify(f"{mirror.address} is left out: {error}")
+
+    def _blame(self, index: int, sources: set[int]) -> None:
+        if len(sources) != 1 or -1 in sources:
+            return  # several had a hand in it; the next time it is fetched from one
+        mirror = self.mirrors[next(iter(sources))]
+        verdict = mirror.strike(
+            index,
+            f"{mirror.address} sent chunk {index} of {self.manifest.want.label} with a wrong hash "
+            f"{self.tuning.strikes} times; its copy is damaged or somebody changes it on the way",
+        )
+        if verdict is not None:
+            self.drop(mirror, verdict)
