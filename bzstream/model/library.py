@@ -168,7 +168,8 @@ class Library:
         self._snapshots: dict[str, Snapshot] = {}
         self._stamps: dict[str, tuple[int, int]] = {}
         self._reported: set[str] = set()
-        self._checks: list[Recheck] = []
+        self.checks: list[Recheck] = []
+        """Threads that read suspects again, ended or not."""
         self.current: Snapshot | None = None
 
     def refresh(self) -> bool:
@@ -212,9 +213,9 @@ class Library:
 
     def close(self) -> None:
         """Release every snapshot, and end the checks under way."""
-        for check in self._checks:
+        for check in self.checks:
             check.stop()
-        self._checks.clear()
+        self.checks.clear()
         for snapshot in self._snapshots.values():
             snapshot.release()
         self._snapshots.clear()
@@ -242,7 +243,7 @@ class Library:
                 f"{len(snapshot.suspects)} files of version {version} have another modification time than when they "
                 "were published; each is read again before it is served"
             )
-            self._checks.append(Recheck(snapshot))
+            self.checks.append(Recheck(snapshot))
         old = self._snapshots.pop(version, None)
         self._snapshots[version] = snapshot
         if old is not None:
@@ -265,6 +266,10 @@ class Recheck:
     def stop(self) -> None:
         """End it at the next block."""
         self._stopped.set()
+        self.wait()
+
+    def wait(self) -> None:
+        """Until every suspect was read."""
         self._thread.join()
 
     def _run(self) -> None:

@@ -1,0 +1,229 @@
+"""What a worker serves from: snapshots that come and go, and files that are cut or changed under it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bzstream.model import Library, Snapshot, StoreDamaged, open_snapshot, publish
+
+from .build import SPLIT, Spec, check_store, fused, write_checkpoint
+
+SPECS: dict[str, Spec] = fused()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path / "in", SPECS)
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def store(tmp_path: Path, source: Path) -> Path:
+    publish(source, tmp_path / "store", block=1, version="a", groups=2)
+    return tmp_path / "store"
+
+
+def opened(store: Path) -> tuple[Library, Snapshot]:
+    library = Library(store)
+    assert library.refresh()
+    assert library.current is not None
+    return library, library.current
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_nothing_published_yet(tmp_path: Path, source: Path) -> None:
+    library = Library(tmp_path / "store")
+    assert not library.refresh()
+    assert (library.current, library.versions(), library.damaged, library.get("a")) == (None, [], [], None)
+    publish(source, tmp_path / "store", block=1, version="a", groups=2)
+    assert library.refresh()
+    assert not library.refresh()
+    assert library.current is not None
+    library.close()
+
+
+def test_new_versions_come_and_old_ones_go(store: Path, source: Path) -> None:
+    before = descriptors()
+    library, first = opened(store)
+    assert (first.version, first.block, first.groups, first.layers) == ("a", 1, (0, 1), {0: 4, 1: 4})
+    assert abs(first.published_at - time.time()) < 60
+    assert first.partial(7) is None
+    for number, version in enumerate(["b", "c", "d"]):
+        publish(source, store, block=number, version=version, groups=2)
+        assert library.refresh()
+        assert library.current is not None
+        assert library.current.version == version
+    assert [snapshot.version for snapshot in library.versions()] == ["d", "c", "b"]
+    assert library.get("a") is None
+    assert library.get("b") is library.versions()[-1]
+    library.close()
+    assert descriptors() == before
+
+
+def test_a_download_outlives_its_snapshot(store: Path, source: Path) -> None:
+    library, first = opened(store)
+    unit = first.partial(0)
+    assert unit is not None
+    payload = unit.enveloped
+    payload.retain()
+    wanted = payload.read()
+    for number in range(3):
+        publish(source, store, block=number, version=f"next-{number}", groups=2)
+    library.refresh()
+    library.close()
+    assert payload.read() == wanted
+    assert unit.intact()
+    payload.release()
+    assert all(file.fd == -1 for file in payload.files)
+
+
+def test_holding_a_snapshot(store: Path) -> None:
+    library, snapshot = opened(store)
+    snapshot.retain()
+    library.close()
+    assert snapshot.full.payload.read()
+    snapshot.release()
+    with pytest.raises(AssertionError):
+        snapshot.retain()
+    with pytest.raises(AssertionError):
+        snapshot.release()
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, os.stat(path).st_size - 1)
+
+
+def flip(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+def test_a_file_that_changes_while_it_is_open_is_not_served(store: Path, damage: Callable[[Path], None]) -> None:
+    library, snapshot = opened(store)
+    damage(store / "current/group-1.safetensors")
+    assert library.damaged == ["partial/1", "full"]
+    good = snapshot.partial(0)
+    assert good is not None
+    assert good.intact()
+    assert snapshot.shared.intact()
+    assert not library.refresh()
+    library.close()
+
+
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+def test_a_file_that_changed_before_the_worker_started_is_not_served(
+    store: Path, damage: Callable[[Path], None]
+) -> None:
+    damage(store / "current/group-1.safetensors")
+    warnings: list[str] = []
+    library = Library(store, warn=warnings.append)
+    library.refresh()
+    assert library.damaged == ["partial/1", "full"]
+    library.close()  # waits for the check of what was flipped
+    library = Library(store, warn=warnings.append)
+    library.refresh()
+    for check in library.checks:
+        check.wait()
+    assert library.damaged == ["partial/1", "full"]
+    library.close()
+
+
+def test_a_copied_store_is_served_when_it_was_read_again(store: Path, tmp_path: Path) -> None:
+    shutil.copytree(store, tmp_path / "copy", symlinks=True, copy_function=shutil.copyfile)
+    warnings: list[str] = []
+    library = Library(tmp_path / "copy", warn=warnings.append)
+    library.refresh()
+    until(lambda: library.damaged == [])
+    assert len(warnings) == 1
+    assert "3 files of version a" in warnings[0]
+    library.close()
+
+
+def test_a_swapped_file_does_not_disturb_what_is_open(store: Path) -> None:
+    """Deleting and writing a file anew leaves the open one as it was: downloads go on."""
+    library, snapshot = opened(store)
+    wanted = snapshot.shared.payload.read()
+    path = store / "current/shared.safetensors"
+    path.unlink()
+    path.write_bytes(b"something else")
+    assert library.damaged == []
+    assert snapshot.shared.payload.read() == wanted
+    library.close()
+
+
+def test_an_unreadable_new_snapshot_keeps_the_last_good_one(store: Path, source: Path) -> None:
+    warnings: list[str] = []
+    library = Library(store, warn=warnings.append)
+    library.refresh()
+    publish(source, store, block=2, version="b", groups=2)
+    flip(store / "current/snapshot.json")
+    for _ in range(3):
+        library.refresh()
+    assert library.current is not None
+    assert library.current.version == "a"
+    assert len(warnings) == 1
+    assert "snapshot.json" in warnings[0]
+    publish(source, store, block=3, version="c", groups=2)
+    assert library.refresh()
+    assert library.current.version == "c"
+    library.close()
+
+
+def test_the_last_good_snapshot_outlives_its_folder(store: Path) -> None:
+    library, snapshot = opened(store)
+    wanted = snapshot.full.payload.read()
+    shutil.rmtree(store)
+    library.refresh()
+    assert library.current is snapshot
+    assert snapshot.full.payload.read() == wanted
+    library.close()
+
+
+def test_a_version_that_is_replaced_by_hand_is_opened_anew(store: Path, source: Path) -> None:
+    library, _ = opened(store)
+    shutil.rmtree(store)
+    publish(source, store, block=99, version="a", groups=4)
+    assert library.refresh()
+    assert library.current is not None
+    assert (library.current.block, library.current.groups) == (99, (0, 1, 2, 3))
+    assert len(library.versions()) == 1
+    library.close()
+
+
+def test_rolling_back_by_hand(store: Path, source: Path) -> None:
+    publish(source, store, block=2, version="b", groups=2)
+    library, _ = opened(store)
+    os.symlink("snapshots/a", store / "back")
+    os.rename(store / "back", store / "current")
+    assert library.refresh()
+    assert library.current is not None
+    assert library.current.version == "a"
+    library.close()
+    publish(source, store, block=3, version="c", groups=2)
+    check_store(store, SPECS, write_checkpoint(source, SPECS), SPLIT)
+    assert sorted(os.listdir(store / "snapshots")) == ["a", "b", "c"]
+
+
+def test_opening_a_folder_that_is_no_snapshot(tmp_path: Path) -> None:
+    with pytest.raises(StoreDamaged, match="cannot be read"):
+        open_snapshot(tmp_path)
