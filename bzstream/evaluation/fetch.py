@@ -310,12 +310,14 @@ class _Answer:
                 if time.monotonic() >= head_deadline:
                     raise Refusal("stalled", "the head of the answer did not arrive")
                 data = self._receive_some()
+                if not data:
+                    raise Refusal("truncated", "the connection ended before the answer")
                 taken += len(data)
                 if taken > _MAX_HEAD:
                     self._malformed("its head is too large")
                 self._h11.receive_data(data)
             elif not isinstance(event, h11.InformationalResponse):
-                raise Refusal("truncated", "the connection ended before the answer")
+                self._malformed("it is no answer")
 
     def _take(self, status: int, fields: dict[bytes, str], first: int) -> None:
         coding = fields.get(b"content-encoding", "identity").strip().lower()
