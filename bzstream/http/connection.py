@@ -339,7 +339,8 @@ class Connection:
         fields = [("Date", server.date()), ("Server", "bzstream"), *answer.headers]
         if answer.length is not None:
             fields.append(("Content-Length", str(answer.length)))
-        # Input that was not read to its request's end would be taken for the next request.
+        # Input that was not understood, or not read to its request's end, would be taken for the next request.
+        self._complete = self._complete and request is not None
         if not self._complete or server.draining or self._refusal is not None:
             fields.append(("Connection", "close"))
         response = h11.Response(status_code=answer.status, headers=fields, reason=PHRASES.get(answer.status, ""))

@@ -1,0 +1,225 @@
+"""Time-outs, connection limits, draining: what keeps a worker alive among the slow, the many and the hostile."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.http.support import AUTH, Client, Running, no_descriptor_leak, wait_until
+
+Serve = Callable[..., Running]
+HEALTH = "GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+PEER = "GET /peer HTTP/1.1\r\nHost: x\r\n" + AUTH
+FILE = "GET /file HTTP/1.1\r\nHost: x\r\n" + AUTH + "\r\n"
+BODY = "POST /echo HTTP/1.1\r\nHost: x\r\n" + AUTH + "Content-Length: 5\r\n\r\n"
+
+
+def write_for_ever(client: Client) -> None:
+    while True:
+        client.send(b"x" * 50_000)
+
+
+def test_a_head_that_comes_too_slowly(serve: Serve) -> None:
+    server = serve(head_timeout_s=0.3, idle_timeout_s=5)
+    with server.connect() as client, server.connect() as silent:
+        begun = time.monotonic()
+        for letter in "GET /h":
+            client.send(letter)
+            time.sleep(0.02)
+        answer = client.read()
+        assert (answer.status, answer.code) == (408, "request_timeout")
+        assert client.ends()
+        assert silent.ends(), "a connection that never sent a byte is closed without an answer"
+        assert 0.25 < time.monotonic() - begun < 3
+    with server.connect() as client:
+        client.send(HEALTH)
+        client.read()
+        client.send("GET /h")
+        assert client.read().status == 408, "the time-out counts anew for each request"
+
+
+def test_a_body_that_comes_too_slowly(serve: Serve) -> None:
+    server = serve(body_timeout_s=0.3)
+    with server.connect() as client:
+        client.send(BODY + "hel")
+        answer = client.read()
+        assert (answer.status, answer.code) == (408, "request_timeout")
+        assert client.ends()
+
+
+def test_an_idle_connection(serve: Serve) -> None:
+    server = serve(idle_timeout_s=0.4)
+    with server.connect() as client:
+        for _ in range(3):
+            client.send(HEALTH)
+            assert client.read().status == 200
+            time.sleep(0.1)
+        assert client.ends()
+
+
+def test_a_client_that_goes_on_writing_after_the_last_answer(serve: Serve) -> None:
+    server = serve(linger_s=0.3, linger_bytes=100_000)
+    with server.connect() as client:
+        client.send("POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n")
+        assert client.read().status == 401
+        with pytest.raises(ConnectionError):
+            write_for_ever(client)
+    with server.connect() as client:
+        client.send("GET /health HTTP/1.0\r\n\r\n")
+        assert client.read().status == 200
+        wait_until(lambda: server.server.connections == 0)
+
+
+def test_limits_of_size(serve: Serve) -> None:
+    server = serve(max_head=300, max_fields=5, max_body=5)
+    assert server.ask("GET /health HTTP/1.1\r\nHost: x\r\nA: " + "x" * 200 + "\r\n\r\n").status == 200
+    assert server.ask("GET /health HTTP/1.1\r\nHost: x\r\nA: " + "x" * 300 + "\r\n\r\n").status == 431
+    assert server.ask("GET /health HTTP/1.1\r\nHost: x\r\n" + "A: b\r\n" * 5 + "\r\n").status == 431
+    assert server.ask(BODY + "hello").body == b"hello"
+    assert server.ask(BODY.replace("5", "6") + "hello!").status == 413
+
+
+def test_connections_of_one_caller(serve: Serve) -> None:
+    server = serve(max_connections_per_caller=2)
+    with server.connect() as first, server.connect() as second, server.connect() as third:
+        for client in (first, second):
+            client.send(PEER + "\r\n")
+            assert client.read().status == 200
+        wait_until(lambda: server.server.connections == 3)
+        third.send(HEALTH)
+        assert third.read().status == 200, "health is always answered"
+        third.send(PEER + "X-Hotkey: A\r\n\r\n")
+        assert third.read().status == 200, "a proven hotkey counts for itself"
+        third.send(PEER + "\r\n")
+        answer = third.read()
+        assert (answer.status, answer.code, answer.get("retry-after")) == (429, "too_many_connections", "1")
+        assert third.ends()
+        first.send(PEER + "\r\n")
+        assert first.read().status == 200, "those that came before are not touched"
+        second.socket.close()
+        wait_until(lambda: server.server.connections == 1)
+        assert server.ask(PEER + "\r\n").status == 200
+
+
+def test_400_and_403_come_before_429_and_404_after(serve: Serve) -> None:
+    server = serve(max_connections_per_caller=1)
+    with server.connect() as first:
+        first.send(PEER + "\r\n")
+        assert first.read().status == 200
+        for target, status in (("/forbidden", 403), ("/items/1?a=1&a=2", 400), ("/file", 429), ("/bug", 429)):
+            assert server.ask(f"GET {target} HTTP/1.1\r\nHost: x\r\n{AUTH}\r\n").status == status
+        assert server.ask(BODY + "hello").status == 429, "what changes things is not begun"
+        assert server.ask(PEER.replace("Bearer", "Basic") + "\r\n").status == 401
+        assert server.ask(PEER.replace("/peer", "/unknown") + "\r\n").status == 404
+
+
+def test_a_full_worker(serve: Serve) -> None:
+    server = serve(max_connections=2)
+    with server.connect() as first, server.connect() as second, server.connect() as third:
+        for client in (first, second):
+            client.send(HEALTH)
+            assert client.read().status == 200
+        third.send(PEER + "\r\n")
+        answer = third.read()
+        assert (answer.status, answer.code, answer.get("retry-after")) == (503, "server_full", "1")
+        assert third.ends()
+        assert server.ask(HEALTH).status == 200
+    wait_until(lambda: server.server.connections == 0)
+    assert server.ask(PEER + "\r\n").status == 200
+
+
+def test_far_more_connections_than_a_worker_takes(serve: Serve) -> None:
+    server = serve(max_connections=1)
+    with no_descriptor_leak():
+        clients = [server.connect() for _ in range(400)]
+        wait_until(lambda: any(_closed(client) for client in clients))
+        assert server.server.connections <= 1 + 256
+        for client in clients:
+            client.socket.close()
+        wait_until(lambda: server.server.connections == 0)
+    assert server.ask(PEER + "\r\n").status == 200
+
+
+def _closed(client: Client) -> bool:
+    try:
+        return client.socket.recv(1, socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+def test_draining(serve: Serve) -> None:
+    server = serve()
+    with server.connect() as idle, server.connect(receive_buffer=4096) as download, server.connect() as late:
+        for client in (idle, late):
+            client.send(HEALTH)
+            assert client.read().status == 200
+        late.send("GET /peer HT")
+        download.send(FILE)
+        wait_until(lambda: server.server.downloads == 1)
+        wait_until(lambda: server.server.connections == 3)
+        drained = asyncio.run_coroutine_threadsafe(server.server.drain(20), server.loop)
+        assert idle.ends()
+        late.send("TP/1.1\r\nHost: x\r\n" + AUTH + "\r\n")
+        answer = late.read()
+        assert (answer.status, answer.code, answer.get("retry-after")) == (503, "draining", "1")
+        assert late.ends()
+        with pytest.raises(ConnectionRefusedError):
+            server.connect()
+        assert not drained.done()
+        assert download.read().body == server.application.content
+        assert download.ends()
+        assert drained.result(10) is True
+
+
+def test_draining_has_an_end(serve: Serve) -> None:
+    server = serve()
+    with server.connect(receive_buffer=4096) as client:
+        client.send(FILE)
+        wait_until(lambda: server.server.downloads == 1)
+        assert asyncio.run_coroutine_threadsafe(server.server.drain(0.1), server.loop).result(10) is False
+
+
+def test_behind_a_trusted_proxy(serve: Serve) -> None:
+    server = serve(trusted_proxies=("127.0.0.0/8",), max_connections_per_caller=1)
+    forwarded = PEER + "X-Forwarded-For: 1.1.1.1, 9.9.9.9\r\nX-Forwarded-Proto: https\r\n\r\n"
+    with server.connect() as first, server.connect() as second:
+        for client, peer in ((first, "9.9.9.9"), (second, "8.8.8.8")):
+            client.send(forwarded.replace("9.9.9.9", peer))
+            answer = client.read()
+            assert answer.body == f'["{peer}","{peer}",true,true]'.encode()
+        second.send(forwarded)
+        assert second.read().status == 429
+
+
+def test_idle_connections_are_cheap(serve: Serve) -> None:
+    """The contract allows 24 KiB; a tenth of that is what one takes."""
+    import tracemalloc
+
+    server = serve(max_connections_per_caller=10_000)
+    clients = []
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(500):
+            client = socket.create_connection(("127.0.0.1", server.port))
+            client.sendall(HEALTH.encode())
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+            clients.append(client)
+        server.call(lambda: None)
+        used = (tracemalloc.get_traced_memory()[0] - before) / 500
+    finally:
+        tracemalloc.stop()
+        for client in clients:
+            client.close()
+    assert used < 4096, used
+
+
+def test_the_loop_of_the_standard_library_serves_too(serve: Serve) -> None:
+    server = serve(uv=False)
+    assert server.ask(FILE).body == server.application.content

@@ -1,0 +1,359 @@
+"""The parts without I/O: dates, conditions, bodies, routes, peers, deadlines, framing."""
+
+from __future__ import annotations
+
+import email.utils
+from dataclasses import dataclass
+from itertools import pairwise
+from math import inf
+
+import h11
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bzstream.http import Endpoint, Headers, HttpError, Request, Response, Router
+from bzstream.http.bodies import Joined, byteranges
+from bzstream.http.conditional import evaluate, range_applies
+from bzstream.http.dates import format_date, parse_date
+from bzstream.http.framing import check_head, find_head, split_target
+from bzstream.http.incoming import BodyReader
+from bzstream.http.peers import TrustedProxies, caller_of
+from bzstream.http.ranges import Span
+from bzstream.http.wheel import Wheel
+from bzstream.payload import Payload, size_of
+
+NOW = 1_700_000_000
+TAG = '"a"'
+
+
+@given(st.integers(0, 253_402_300_799))
+def test_dates_go_round_and_agree_with_the_standard_library(seconds: int) -> None:
+    text = format_date(seconds)
+    assert parse_date(text, NOW) == seconds
+    assert text == email.utils.formatdate(seconds, usegmt=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("Sun, 06 Nov 1994 08:49:37 GMT", 784111777),
+        ("Sunday, 06-Nov-94 08:49:37 GMT", 784111777),
+        ("Sun Nov  6 08:49:37 1994", 784111777),
+        ("Sunday, 06-Nov-20 08:49:37 GMT", 1604652577),
+        ("Sun, 6 Nov 1994 08:49:37 GMT", None),
+        ("Sun, 06 Nov 1994 24:49:37 GMT", None),
+        ("Sun, 31 Nov 1994 08:49:37 GMT", None),
+        ("Sun, 00 Nov 1994 08:49:37 GMT", None),
+        ("Sun, 06 Nov 1994 08:49:37 +0000", None),
+        ("784111777", None),
+        ("", None),
+    ],
+)
+def test_three_forms_of_dates(text: str, seconds: int | None) -> None:
+    assert parse_date(text, NOW) == seconds
+
+
+BEFORE, AT, AFTER = (format_date(NOW + d) for d in (-100, -50, 50))
+MODIFIED = NOW - 50
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({}, None),
+        ({"if-match": TAG}, None),
+        ({"if-match": "*"}, None),
+        ({"if-match": '"b", "a"'}, None),
+        ({"if-match": '"b"'}, 412),
+        ({"if-match": 'W/"a"'}, 412),
+        ({"if-match": "a"}, 412),
+        ({"if-match": TAG, "if-unmodified-since": BEFORE}, None),
+        ({"if-match": '"b"', "if-none-match": TAG}, 412),
+        ({"if-unmodified-since": BEFORE}, 412),
+        ({"if-unmodified-since": AT}, None),
+        ({"if-unmodified-since": "yesterday"}, None),
+        ({"if-none-match": TAG}, 304),
+        ({"if-none-match": 'W/"a"'}, 304),
+        ({"if-none-match": "*"}, 304),
+        ({"if-none-match": '"x","a"'}, 304),
+        ({"if-none-match": '"x , a"'}, None),
+        ({"if-none-match": "a"}, None),
+        ({"if-none-match": '"b"', "if-modified-since": AFTER}, None),
+        ({"if-modified-since": AT}, 304),
+        ({"if-modified-since": BEFORE}, None),
+        ({"if-modified-since": "nonsense"}, None),
+        ({"if-match": TAG, "if-none-match": TAG}, 304),
+        ({"if-unmodified-since": AT, "if-modified-since": AT}, 304),
+    ],
+)
+def test_conditions_in_the_order_of_rfc_9110(headers: dict[str, str], expected: int | None) -> None:
+    assert evaluate(Headers(list(headers.items())), TAG, MODIFIED, NOW) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "applies"),
+    [(TAG, True), ('"b"', False), ('W/"a"', False), (AT, True), (BEFORE, False), (AFTER, False), ("junk", False)],
+)
+def test_if_range(value: str, applies: bool) -> None:
+    assert range_applies(Headers([("if-range", value)]), TAG, MODIFIED, NOW) == applies
+    assert not range_applies(Headers([("if-range", value)] * 2), TAG, MODIFIED, NOW)
+
+
+def test_a_date_within_its_own_second_is_no_strong_validator() -> None:
+    assert not range_applies(Headers([("if-range", format_date(NOW))]), TAG, NOW, NOW)
+    assert range_applies(Headers([("if-range", format_date(NOW))]), TAG, NOW, NOW + 1)
+
+
+@given(st.lists(st.binary(max_size=6), max_size=6))
+def test_joined_payloads_read_as_one(pieces: list[bytes]) -> None:
+    joined, whole = Joined(tuple(Payload((piece, b"", piece)) for piece in pieces)), b"".join(p + p for p in pieces)
+    assert len(joined) == len(whole)
+    read, position = b"", 0
+    while position < len(joined):
+        part = joined.at(position)
+        assert isinstance(part, bytes)
+        assert size_of(part) > 0
+        read, position = read + part, position + len(part)
+    assert read == whole
+    with pytest.raises(IndexError):
+        joined.at(len(whole))
+
+
+def test_a_multipart_body_is_what_the_rfc_shows() -> None:
+    body = byteranges(Payload((b"0123456789",)), [Span(0, 2), Span(5, 6)], "text/x", "B")
+    text = b"".join(p if isinstance(p := body.at(i), bytes) else b"?" for i in _starts(body))
+    assert text == (
+        b"--B\r\nContent-Type: text/x\r\nContent-Range: bytes 0-1/10\r\n\r\n01"
+        b"\r\n--B\r\nContent-Type: text/x\r\nContent-Range: bytes 5-5/10\r\n\r\n5\r\n--B--\r\n"
+    )
+
+
+def _starts(body: Joined) -> list[int]:
+    starts, position = [], 0
+    while position < len(body):
+        starts.append(position)
+        position += size_of(body.at(position))
+    return starts
+
+
+def request(path: str, method: str = "GET", query: str = "") -> Request:
+    return Request(method, path, path, query, Headers([]), "1.2.3.4", "1.2.3.4")
+
+
+def test_routes() -> None:
+    router, endpoint, named = Router(), Endpoint(lambda _: Response(200)), Endpoint(lambda _: Response(201))
+    router.add("GET", "/a/b", endpoint)
+    router.add("GET", "/a/{id}", named)
+    router.add("POST", "/a/b", endpoint)
+    assert router.match(request("/a/b")) is endpoint
+    assert router.match(request("/a/%62", "HEAD")) is endpoint
+    found = request("/a/x%2Fy")
+    assert router.match(found) is named
+    assert (found.params, found.route) == ({"id": "x/y"}, "/a/{id}")
+    for unknown in ("/", "/a", "/a/", "/a/b/", "/a/b/c", "//a/b", "/A/b", "a/b", ""):
+        with pytest.raises(HttpError) as refused:
+            router.match(request(unknown))
+        assert refused.value.status == 404
+    with pytest.raises(HttpError) as refused:
+        router.match(request("/a/b", "PUT"))
+    assert (refused.value.status, refused.value.headers) == (405, (("Allow", "GET, HEAD, POST"),))
+
+
+def test_query_and_headers() -> None:
+    assert request("/", query="a=1&b=%C3%A9&c").query == {"a": "1", "b": "é", "c": ""}
+    for bad in ("a=1&a=2", "a=%ff"):
+        with pytest.raises(HttpError):
+            _ = request("/", query=bad).query
+    headers = Headers([("a", "1"), ("b", "2"), ("a", "3")])
+    assert (headers.get("B"), headers.get("c"), headers.all("A"), headers.list("a")) == ("2", None, ("1", "3"), "1, 3")
+    with pytest.raises(HttpError):
+        headers.get("a")
+
+
+def test_callers_and_proxies() -> None:
+    assert caller_of("10.1.2.3") == "10.1.2.3"
+    assert caller_of("2001:db8:1:2:3::4") == caller_of("2001:db8:1:2:ffff::") == "2001:db8:1:2::/64"
+    proxies = TrustedProxies(("10.0.0.0/8", "fd00::/8"))
+
+    def resolve(peer: str, *forwarded: str) -> str:
+        return proxies.resolve(peer, Headers([("x-forwarded-for", value) for value in forwarded]))
+
+    assert resolve("1.1.1.1", "9.9.9.9") == "1.1.1.1"
+    assert resolve("10.0.0.1") == "10.0.0.1"
+    assert resolve("10.0.0.1", "6.6.6.6, 7.7.7.7, 10.9.9.9") == "7.7.7.7"
+    assert resolve("10.0.0.1", "6.6.6.6", "7.7.7.7:123") == "7.7.7.7"
+    assert resolve("10.0.0.1", "[2001:db8::1]:80") == "2001:db8::1"
+    assert resolve("10.0.0.1", "7.7.7.7, junk") == "10.0.0.1"
+    assert resolve("10.0.0.1", "::ffff:7.7.7.7") == "7.7.7.7"
+    assert resolve("10.0.0.1", "") == "10.0.0.1"
+
+
+@dataclass(eq=False)
+class Item:
+    deadline: float
+    slot: int = 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=30), st.sampled_from([0.25, 1.0, 3.0]))
+def test_every_deadline_comes_up_once_within_a_tick(moves: list[tuple[int, int]], tick: float) -> None:
+    wheel, items, now = Wheel(tick, 100.0), [Item(inf) for _ in range(5)], 100.0
+    due_at: dict[int, float] = {}
+    for n, (advance, ahead) in enumerate(moves):
+        item = items[n % 5]
+        item.deadline = now + ahead
+        wheel.arm(item)
+        now += advance
+        for late in wheel.due(now):
+            assert isinstance(late, Item)
+            assert late.deadline <= now
+            due_at[id(late)] = now
+            late.deadline = inf
+        for other in items:
+            assert other.deadline == inf or other.deadline > now - 2 * tick, "a deadline was missed"
+
+
+def test_a_disarmed_item_is_forgotten() -> None:
+    wheel, item = Wheel(1.0, 0.0), Item(5.0)
+    wheel.arm(item)
+    wheel.disarm(item)
+    assert wheel.due(100.0) == []
+
+
+GOOD = b"GET / HTTP/1.1\r\nHost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (GOOD, None),
+        (b"GET / HTTP/1.0\r\n", None),
+        (b"GET / HTTP/1.9\r\nHost: x\r\n", None),
+        (b"GET / HTTP/2.0\r\nHost: x\r\n", 505),
+        (b"GET / HTTP/0.9\r\n", 505),
+        (b"GET / http/1.1\r\nHost: x\r\n", 400),
+        (b"GET  / HTTP/1.1\r\nHost: x\r\n", 400),
+        (b"GET / HTTP/1.1 \r\nHost: x\r\n", 400),
+        (b"GET /\r\nHost: x\r\n", 400),
+        (b"GET / HTTP/1.1\r\n", 400),
+        (GOOD + b"Host: x\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a b\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a/b\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: [::1]:80\r\n", None),
+        (b"GET / HTTP/1.1\r\nHost:\r\n", None),
+        (GOOD + b"A: 1\r\n b\r\n", 400),
+        (GOOD + b"\tA: 1\r\n", 400),
+        (GOOD + b"Content-Length: 5\r\n", None),
+        (GOOD + b"Content-Length: 5\r\nContent-Length: 5\r\n", 400),
+        (GOOD + b"Content-Length: 5, 5\r\n", 400),
+        (GOOD + b"Content-Length: +5\r\n", 400),
+        (GOOD + b"Content-Length: -5\r\n", 400),
+        (GOOD + b"Content-Length: 0x5\r\n", 400),
+        (GOOD + b"Content-Length: 5_0\r\n", 400),
+        (GOOD + b"Content-Length:\r\n", 400),
+        (GOOD + b"Transfer-Encoding: chunked\r\n", None),
+        (GOOD + b"transfer-encoding: CHUNKED\r\n", None),
+        (GOOD + b"Transfer-Encoding: gzip, chunked\r\n", 400),
+        (GOOD + b"Transfer-Encoding: identity\r\n", 400),
+        (GOOD + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", 400),
+        (GOOD + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n", 400),
+        (b"GET / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n", 400),
+        (GOOD + b"A: 1\r\n" * 99, None),
+        (GOOD + b"A: 1\r\n" * 100, 431),
+    ],
+)
+def test_the_gate(head: bytes, status: int | None) -> None:
+    whole = head + b"\r\n"
+    assert find_head(whole, 0) == len(whole)
+    if status is None:
+        check_head(whole, 100)
+    else:
+        with pytest.raises(HttpError) as refused:
+            check_head(whole, 100)
+        assert refused.value.status == status
+
+
+@given(st.lists(st.integers(1, 40), max_size=8))
+def test_a_head_is_found_however_it_comes(cuts: list[int]) -> None:
+    whole, scanned = GOOD + b"A: b\r\n\r\nrest", 0
+    for seen in [*sorted({min(c, len(whole)) for c in cuts}), len(whole)]:
+        end = find_head(whole[:seen], scanned)
+        assert end == (len(whole) - 4 if seen >= len(whole) - 4 else -1)
+        if end > 0:
+            break
+        scanned = seen
+
+
+@pytest.mark.parametrize("data", [b"GET / HTTP/1.1\nHost: x", b"GET /\n", b"\x16\x03\x01", b" GET /", b"\n"])
+def test_what_can_be_no_head_is_refused_at_once(data: bytes) -> None:
+    with pytest.raises(HttpError):
+        find_head(data, 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "expected"),
+    [
+        ("GET", "/a?b=c", ("/a", "b=c")),
+        ("GET", "//a", ("//a", "")),
+        ("GET", "/a?b?c", ("/a", "b?c")),
+        ("GET", "http://host:80/a?b", ("/a", "b")),
+        ("GET", "HTTPS://host", ("/", "")),
+        ("GET", "http://host?x", ("/", "x")),
+        ("OPTIONS", "*", ("*", "")),
+        ("OPTIONS", "http://host", ("*", "")),
+        ("CONNECT", "host:80", ("host:80", "")),
+        ("GET", "*", None),
+        ("GET", "a", None),
+        ("GET", "ftp://host/a", None),
+        ("GET", "/a#b", None),
+        ("GET", "host:80", None),
+    ],
+)
+def test_targets(method: str, target: str, expected: tuple[str, str] | None) -> None:
+    if expected is None:
+        with pytest.raises(HttpError):
+            split_target(method, target)
+    else:
+        assert split_target(method, target) == expected
+
+
+def reader(head: bytes, limit: int = 20) -> BodyReader:
+    parser = h11.Connection(h11.SERVER)
+    parser.receive_data(b"POST / HTTP/1.1\r\nHost: x\r\n" + head + b"\r\n\r\n")
+    assert isinstance(parser.next_event(), h11.Request)
+    return BodyReader(parser, limit, chunked=b"chunked" in head)
+
+
+CHUNKED = b"3\r\nabc\r\n5;ext=1\r\ndefgh\r\n0\r\n\r\n"
+
+
+@given(st.lists(st.integers(0, 60), max_size=6), st.sampled_from([b"", b"GET / HTTP/1.1\r\n"]))
+def test_a_body_is_read_however_it_comes(cuts: list[int], following: bytes) -> None:
+    for head, raw in ((b"Content-Length: 8", b"abcdefgh"), (b"Transfer-Encoding: chunked", CHUNKED)):
+        body, whole = reader(head), raw + following
+        points = [0, *sorted(min(c, len(raw)) for c in cuts), len(whole)]
+        done = [body.feed(whole[a:b]) for a, b in pairwise(points) if a < len(raw)]
+        assert done[-1]
+        assert bytes(body.content) == b"abcdefgh"
+        assert following.endswith(body.leftover)
+
+
+@pytest.mark.parametrize(
+    ("raw", "status"),
+    [
+        (b"15\r\n" + b"x" * 21, 413),
+        (b"x\r\n", 400),
+        (b"3\r\nabcd\r\n", 400),
+        (b"3\nabc\r\n", 400),
+        (b"0\r\n\n", 400),
+        (b"0\r\nTrailer: x\r\n\r\n", 400),
+        (b"0\r\nTrailer: x\n\n", 400),
+        (b"-3\r\nabc\r\n", 400),
+        (b"ffffffffffffffffffffffff\r\n", 400),
+        (b"3;" + b"x" * 20_000, 400),
+    ],
+)
+def test_bodies_that_are_not_chunked_strictly(raw: bytes, status: int) -> None:
+    with pytest.raises(HttpError) as refused:
+        reader(b"Transfer-Encoding: chunked").feed(raw)
+    assert refused.value.status == status
