@@ -156,11 +156,11 @@ def test_the_full_model_is_for_validators(node: Node, tmp_path: Path, checkpoint
 
 
 def test_each_slice_equals_the_rows_of_the_source(node: Node, checkpoint: Path) -> None:
-    from bzstream.cli.demo import _same_rows
+    from bzstream.cli.demo import same_rows
 
     for group in range(GROUPS):
         file = node.store / "snapshots" / VERSION / f"group-{group}.safetensors"
-        assert _same_rows(checkpoint, file) == 8
+        assert same_rows(checkpoint, file) == 8
 
 
 @pytest.mark.parametrize("path", ["/model/partial", "/model/shared", "/model/partial?format=safetensors", "/model"])
