@@ -59,6 +59,12 @@ class Cycle:
         """First block after the submit phase of `round_`: its hash is the evaluation's seed."""
         return round_ + self.submit
 
+    def recent_seeds(self, block: int, rounds: int = 4) -> list[int]:
+        """The seed blocks, not after `block`, of its round and of those before it; newest first."""
+        newest = self.seed_block(self.round(block))
+        seeds = (newest - back * self.length for back in range(rounds))
+        return [seed for seed in seeds if 0 < seed <= block]
+
     def blocks_to_seed(self, block: int) -> int:
         """Blocks from `block` until the seed of its round exists; at least 1."""
         return self.seed_block(self.round(block)) - block

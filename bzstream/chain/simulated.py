@@ -125,7 +125,7 @@ class SimulatedChain:
             validators=good.validators,
             miners=good.miners,
             frozen=not good.block_seconds,
-            hashes=self._seeds(block),
+            hashes={seed: block_hash(seed) for seed in self._cycle.recent_seeds(block)},
         )
 
     def _refresh(self, monotonic: float) -> None:
@@ -154,9 +154,3 @@ class SimulatedChain:
             self._warned = True
             kept = "no chain is known yet" if self._good is None else "the last good one stays in force"
             self._warn(f"the chain file {self._file} is not usable, {kept}: {reason}")
-
-    def _seeds(self, block: int) -> dict[int, str]:
-        """The hashes that seed this round and the three before it, as far as their blocks exist."""
-        newest = self._cycle.seed_block(self._cycle.round(block))
-        blocks = (newest - back * self._cycle.length for back in range(4))
-        return {seed: block_hash(seed) for seed in blocks if 0 <= seed <= block}

@@ -1,0 +1,122 @@
+"""The chain role: one process that watches the chain and writes what it sees into the ledger.
+
+It watches either a chain file (`chain.file`, simulated) or a real chain over the Bittensor SDK. Both *offer* states;
+one writer hands the newest to the ledger, so that a slow or failing ledger never holds up the watching, and what is
+written late carries the moment it was seen. HTTP workers never talk to a chain: they read the ledger.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+
+from bzstream.chain.clock import Cycle
+from bzstream.chain.simulated import SimulatedChain
+from bzstream.chain.state import ChainState
+from bzstream.chain.submitting import RoundBook
+from bzstream.config import ChainSettings
+from bzstream.errors import BzstreamError
+
+__all__ = ["Mailbox", "run"]
+
+POLL_S = 0.2
+"""How often the chain file is looked at: a new one is in force within a second, workers' own polling included."""
+HEARTBEAT_S = 2.0
+"""How often an unchanged state is confirmed: far below `chain.stale_s`, and one small commit."""
+RETRY_S = 1.0
+
+_log = structlog.get_logger("bzstream.chain")
+
+
+async def run(
+    settings: ChainSettings,
+    publish: Callable[[ChainState], Awaitable[None]],
+    stop: asyncio.Event,
+    *,
+    book: RoundBook | None = None,
+    wallet: str | None = None,
+) -> None:
+    """Watch the chain until `stop` is set. `publish` writes a state into the ledger and may raise BzstreamError.
+
+    With `chain.set_weights` the weights of finished rounds are submitted, signed by `wallet`, from what `book` tells.
+    Raises KeyUnavailable when that wallet cannot be opened.
+    """
+    cycle = Cycle.of(settings)
+    mailbox = Mailbox(publish)
+    if settings.file is not None:
+        watching = _watch_file(Path(settings.file), cycle, mailbox.offer)
+    elif settings.endpoint and settings.netuid is not None:
+        from bzstream.chain import bittensor  # the SDK: 60 MB and half a second, for this role alone
+        from bzstream.chain.keys import load_key
+
+        key = await asyncio.to_thread(load_key, wallet) if settings.set_weights and wallet is not None else None
+        if settings.set_weights and key is None:
+            _log.warning("chain.set_weights is on but node.wallet is not set; no weights will be submitted")
+        watching = bittensor.watch(settings, cycle, mailbox.offer, book=book, key=key)
+    else:
+        _log.warning("no chain is configured; set chain.file, or chain.endpoint and chain.netuid")
+        await stop.wait()
+        return
+    tasks = [asyncio.create_task(watching), asyncio.create_task(mailbox.deliver()), asyncio.create_task(stop.wait())]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Mailbox:
+    """Holds the newest state until it is written."""
+
+    def __init__(self, publish: Callable[[ChainState], Awaitable[None]]) -> None:
+        self._publish = publish
+        self._newest: ChainState | None = None
+        self._arrived = asyncio.Event()
+
+    def offer(self, state: ChainState) -> None:
+        """Replace what waits to be written."""
+        self._newest = state
+        self._arrived.set()
+
+    async def deliver(self) -> None:
+        """Write what arrives, for ever; an unwilling ledger is reported once and tried again."""
+        failing = False
+        while True:
+            await self._arrived.wait()
+            self._arrived.clear()
+            state = self._newest
+            assert state is not None
+            try:
+                await self._publish(state)
+            except BzstreamError as error:
+                if not failing:
+                    _log.warning("the chain's state cannot be written", reason=str(error))
+                failing = True
+                self._arrived.set()
+                await asyncio.sleep(RETRY_S)
+            else:
+                failing = False
+
+
+async def _watch_file(file: Path, cycle: Cycle, offer: Callable[[ChainState], None]) -> None:
+    chain = SimulatedChain(file, cycle, _log.warning)
+    last: ChainState | None = None
+    while True:
+        state = chain.observe(time.time(), time.monotonic())
+        if state is not None and (
+            last is None
+            or state.observed_at - last.observed_at >= HEARTBEAT_S
+            or state.observed_at < last.observed_at  # the clock was set back
+            or replace(state, observed_at=last.observed_at) != last
+        ):
+            offer(state)
+            last = state
+        await asyncio.sleep(POLL_S)
