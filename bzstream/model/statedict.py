@@ -56,7 +56,9 @@ def open_state_dict(tensors: Mapping[str, Any], config: Mapping[str, Any] | None
             raise BadCheckpoint(f"{name!r} is no name for a tensor")
         if not hasattr(value, "dtype") or not hasattr(value, "shape"):
             raise BadCheckpoint(f"{name} is {type(value).__name__}, no numpy array or torch tensor")
-        dtype = _DTYPES.get(str(value.dtype).removeprefix("torch."))
+        if getattr(value, "is_meta", False) or str(getattr(value, "layout", "torch.strided")) != "torch.strided":
+            raise BadCheckpoint(f"{name} has no plain values: it is a meta or sparse tensor")
+        dtype = _DTYPES.get(getattr(value.dtype, "name", str(value.dtype)).removeprefix("torch."))
         if dtype is None:
             raise BadCheckpoint(f"{name} has the dtype {value.dtype}, which safetensors files cannot hold")
         shape = tuple(int(size) for size in value.shape)
@@ -68,7 +70,7 @@ def open_state_dict(tensors: Mapping[str, Any], config: Mapping[str, Any] | None
 
 def _bytes_of(value: Any) -> memoryview:
     """The bytes of a tensor, row-major and little-endian, without a copy where it lies so already."""
-    if not isinstance(value, numpy.ndarray):
+    if not isinstance(value, (numpy.ndarray, numpy.generic)):
         value = value.detach().cpu().contiguous()
         # Scalars first: torch reinterprets only the last dimension. uint8 is the one dtype that numpy always knows.
         value = value.reshape(-1).view(_torch_uint8(value)).numpy()
