@@ -48,9 +48,8 @@ class Healthy:
             found.append(f"the chain was last heard of {age:.0f} s ago")
         if view.ledger is None:
             found.append("the ledger cannot be reached")
-        if view.settings.evaluation.enabled and (
-            view.evaluator_seen is None or now - view.evaluator_seen > EVALUATOR_SILENCE_S
-        ):
+        silence = view.evaluator_age
+        if view.settings.evaluation.enabled and (silence is None or silence > EVALUATOR_SILENCE_S):
             found.append("no evaluator is running")
         found += [f"the file of {label} was damaged on disk" for label in view.damaged]
         return found

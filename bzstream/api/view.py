@@ -32,8 +32,8 @@ class View:
     loopback: bool
     """Whether the listener's own address is a loopback one: nothing crosses a network in clear."""
     chain: ChainState | None = None
-    evaluator_seen: float | None = None
-    """Epoch seconds at which an evaluator last said that it lives; None: never."""
+    evaluator_age: float | None = None
+    """Seconds since an evaluator's last sign of life, when the ledger was last asked; None: there never was one."""
     damaged: list[str] = field(default_factory=list)
     """Labels of units whose file was cut or changed on disk."""
     draining: bool = False

@@ -101,6 +101,8 @@ async def _refresh_chain(view: View) -> None:
     if view.ledger is None:
         view.ledger = await asyncio.to_thread(AsyncLedger.open, view.settings.ledger_location())
     view.chain = await view.ledger.chain_state()
+    if view.settings.evaluation.enabled:
+        view.evaluator_age = await view.ledger.evaluator_age()
     if view.chain is not None:
         CHAIN_AGE.set(view.chain.age(time.time()))
 

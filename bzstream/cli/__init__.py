@@ -42,5 +42,7 @@ def main() -> None:
         # Nothing that a person did wrong: say where it is, in a line that can be put into a report.
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(where.filename).name}:{where.lineno}"
-        print(f"bzstream: this is a bug ({type(error).__name__} in {place}: {error}); please report it", file=sys.stderr)
+        print(
+            f"bzstream: this is a bug ({type(error).__name__} in {place}: {error}); please report it", file=sys.stderr
+        )
         sys.exit(1)

@@ -21,12 +21,15 @@ from bzstream.evaluation.sandbox import Reader
 from bzstream.evaluation.spool import Spool
 from bzstream.evaluation.work import Tools
 from bzstream.model import Library
-from bzstream.submissions.ledger import Ledger
+from bzstream.submissions.ledger import Ledger, LedgerError
 
 if TYPE_CHECKING:
     from bzstream.evaluation.judge import Judge
 
 __all__ = ["run", "spool_folder"]
+
+LIFE_S = 5.0
+"""Between two signs of life; a tenth of what /health takes for silence."""
 
 
 async def run(settings: Settings, store: Path, *, device: str | None, stop: asyncio.Event) -> None:
@@ -46,6 +49,8 @@ async def run(settings: Settings, store: Path, *, device: str | None, stop: asyn
         records = await asyncio.to_thread(partial(Records, settings.ledger_location()))
         library = Library(store, warn=partial(structlog.get_logger("evaluator").warning, "snapshot"))
         reader = Reader(memory=evaluation.read_memory, timeout=evaluation.read_timeout_s)
+        name = f"{socket.gethostname()}/{os.getpid()}"
+        alive = asyncio.create_task(_show_life(ledger, name))
         try:
             await Pipeline(
                 settings,
@@ -54,9 +59,10 @@ async def run(settings: Settings, store: Path, *, device: str | None, stop: asyn
                 library=library,
                 tools=Tools(evaluation, spool, Dialer(settings.submit), reader),
                 make_judge=partial(_make_judge, settings, store, device),
-                name=f"{socket.gethostname()}/{os.getpid()}",
+                name=name,
             ).run(stop)
         finally:
+            alive.cancel()
             reader.close()
             spool.close()
             library.close()
@@ -68,6 +74,16 @@ async def run(settings: Settings, store: Path, *, device: str | None, stop: asyn
 def spool_folder(settings: Settings, store: Path) -> Path:
     """Where checkpoints are fetched to."""
     return Path(settings.evaluation.spool) if settings.evaluation.spool else store / "spool"
+
+
+async def _show_life(ledger: Ledger, name: str) -> None:
+    """Tell the ledger every few seconds that this evaluator lives: /health says when none does."""
+    while True:
+        try:
+            await asyncio.to_thread(ledger.beat, name)
+        except LedgerError:  # the pipeline reports what is wrong with the ledger
+            pass
+        await asyncio.sleep(LIFE_S)
 
 
 def _make_judge(settings: Settings, store: Path, device: str, published: Published) -> Judge:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import Connection, bindparam, func, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
 from bzstream.chain.state import ChainState
 from bzstream.submissions.accepting import Acceptance
@@ -39,7 +39,7 @@ from bzstream.submissions.leases import (
     renew_all,
 )
 from bzstream.submissions.records import Candidate, Job, Outcome, Record, RoundScores
-from bzstream.submissions.schema import LedgerError, chain_state, db_now, migrate, submissions, weights_set
+from bzstream.submissions.schema import LedgerError, chain_state, db_now, evaluators, migrate, submissions, weights_set
 from bzstream.submissions.states import FINAL, STATUSES, Status, may_follow
 from bzstream.submissions.writer import Writer
 
@@ -163,6 +163,10 @@ class Ledger(_Base):
         """Turn a finished submission into `rejected` (a copy, found out later); False when it was rejected already."""
         return self._writer.call(reject_all, (submission_id, reason))
 
+    def beat(self, worker: str) -> None:
+        """Note that the evaluator `worker` lives."""
+        self._writer.call(_beat, worker)
+
     def weights_are_set(self, round_: int) -> bool:
         """Whether the weights of a round are confirmed on the chain."""
         return self._read(lambda connection: _weights_are_set(connection, round_))
@@ -198,6 +202,10 @@ class AsyncLedger(_Base):
         """As Ledger.write_chain_state."""
         await self._writer.submit(_write_chain_state, state)
 
+    async def evaluator_age(self) -> float | None:
+        """Seconds since any evaluator's last sign of life; None when there never was one."""
+        return await self._read(lambda connection: connection.execute(_EVALUATOR_AGE).scalar_one())
+
     async def weights_are_set(self, round_: int) -> bool:
         """As Ledger.weights_are_set."""
         return await self._read(lambda connection: _weights_are_set(connection, round_))
@@ -217,6 +225,7 @@ _CHAIN_HEAD = select(
     chain_state.c.frozen,
     (db_now() - chain_state.c.observed_at).label("age"),
 )
+_EVALUATOR_AGE = select(db_now() - func.max(evaluators.c.seen_at))
 _FIND = select(*RECORD).where(_table.submission_id == bindparam("id"))
 _COUNTED = func.coalesce(_table.reason, "") != "superseded"
 # `not in` on purpose: it leaves the index by round, newest first, as the one to use.
@@ -244,6 +253,13 @@ def _scores(connection: Connection, round_: int | None) -> RoundScores | None:
         return None
     version = next((record.model_version for record in records if record.model_version is not None), None)
     return RoundScores(round_, version, records)
+
+
+def _beat(connection: Connection, workers: Sequence[str]) -> Sequence[None]:
+    for worker in set(workers):
+        connection.execute(delete(evaluators).where(evaluators.c.worker == worker))
+        connection.execute(insert(evaluators).values(worker=worker, seen_at=db_now()))
+    return [None] * len(workers)
 
 
 def _weights_are_set(connection: Connection, round_: int) -> bool:

@@ -31,7 +31,7 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from bzstream.errors import BzstreamError
 
-__all__ = ["MIGRATIONS", "LedgerError", "chain_state", "db_now", "migrate", "submissions", "weights_set"]
+__all__ = ["MIGRATIONS", "LedgerError", "chain_state", "db_now", "evaluators", "migrate", "submissions", "weights_set"]
 
 
 class LedgerError(BzstreamError):
@@ -105,6 +105,13 @@ chain_state = Table(
     Column("frozen", Boolean, nullable=False),
     Column("observed_at", Float(53), nullable=False),  # by the database's clock
     Column("payload", Text, nullable=False),  # JSON: validators, miners, hashes
+)
+
+evaluators = Table(
+    "evaluators",
+    _metadata,
+    Column("worker", Text, primary_key=True),
+    Column("seen_at", Float(53), nullable=False),  # its last sign of life, by the database's clock
 )
 
 weights_set = Table(

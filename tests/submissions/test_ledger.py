@@ -445,3 +445,19 @@ def test_postgresql_commits_are_durable_whatever_the_servers_default(postgres_se
     with database.write() as connection_:
         assert connection_.execute(text("SHOW synchronous_commit")).scalar_one() == "on"
     database.close()
+
+
+def test_an_evaluator_shows_that_it_lives(ledger: Ledger, where: str) -> None:
+    async def age() -> float | None:
+        opened = AsyncLedger.open(where)
+        try:
+            return await opened.evaluator_age()
+        finally:
+            opened.close()
+
+    assert asyncio.run(age()) is None
+    for worker in ("one", "two", "one"):
+        ledger.beat(worker)
+    seconds = asyncio.run(age())
+    assert seconds is not None
+    assert 0 <= seconds < 60
