@@ -149,7 +149,9 @@ class Plan:
             middle = (victim.claimed + victim.end) // 2
             cut = self._boundary(middle)
             if not victim.claimed + least <= cut <= victim.end - least:
-                cut = -(-middle // 4096) * 4096
+                # On a page boundary both lanes can write past the page cache.
+                page = middle // 4096 * 4096
+                cut = page if page >= victim.claimed + least else middle
         stolen = Segment(cut, victim.end, lane, now)
         victim.end = cut
         return self._begin(stolen)

@@ -1,8 +1,8 @@
 """Many connections, one unit: the conductor of the lanes that fetch, check and repair it.
 
 The caller's thread conducts: it opens lanes, and more of them while that makes the whole faster; cuts off those that
-hang when others are idle; reports progress; and decides when to give up: when no mirror is left, or when nobody sent a
-byte for `patience_s`.
+hang when others are idle; reports progress; and decides when to give up: when no mirror is left, or when next to
+nothing came for `patience_s`.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class Transfer:
         long_meter, short_meter = Speedometer(3.0), Speedometer(1.0)
         self._open_lanes(self._first_lanes())
         quiet_since = time.monotonic()
-        seen = (-1, -1)
+        seen = (0, -1)
         next_probe = quiet_since + 1.0
         rate_before, probing = 0.0, self._fixed is None
         while True:
@@ -163,8 +163,8 @@ class Transfer:
             recent = short_meter.update(now, work.fetched)
             moment = self.progress()
             on_progress(moment)
-            if (moment.fetched, moment.present) != seen:
-                seen, quiet_since = (moment.fetched, moment.present), now
+            if moment.fetched >= seen[0] + tuning.trickle or moment.verified != seen[1]:
+                seen, quiet_since = (moment.fetched, moment.verified), now
             self._give_up_if_hopeless(now, quiet_since)
             self._cut_off_stuck(now)
             if probing and now >= next_probe:
@@ -227,7 +227,7 @@ class Transfer:
             trouble = work.last_trouble
         if now - max(quiet_since, min(resume, now)) > self._tuning.patience_s:
             why = f" ({trouble})" if trouble is not None else ""
-            raise Passing(f"nothing came for {self._tuning.patience_s:g} s{why}; the same call goes on from here")
+            raise Passing(f"next to nothing came for {self._tuning.patience_s:g} s{why}; the same call goes on from here")
 
     def _cut_off_stuck(self, now: float) -> None:
         """While others have nothing to do, a lane that receives nothing is cut off, so that they can have its work."""

@@ -18,7 +18,10 @@ class Tuning:
     stall_s: float = 15.0
     """A connection without a byte for so long is closed and its work handed to another. There is no total time-out."""
     patience_s: float = 60.0
-    """A transfer without one byte from anybody for so long ends; the next call resumes it."""
+    """A transfer that gets less than `trickle` bytes from everybody together in this time ends; the next call resumes
+    it."""
+    trickle: int = 64 * KIB
+    """1 kB/s at the least: a modem does more, and a server that drips to hold its clients does not."""
     first_patience_s: float = 5.0
     """The same before the first answer: a wrong URL should not take a minute to be noticed."""
     max_head: int = 32 * KIB
