@@ -12,6 +12,7 @@ a thread reads it, and it is served if every chunk has its published hash.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -183,8 +184,10 @@ class Library:
         changed = False
         for version, stamp in stamps.items():
             if self._stamps.get(version) != stamp:
-                changed |= self._open(version)
-                self._stamps[version] = stamp
+                opened = self._open(version)
+                changed |= bool(opened)
+                if opened is not None:
+                    self._stamps[version] = stamp
         if wanted is not None and wanted in self._snapshots and self._snapshots[wanted] is not self.current:
             self.current = self._snapshots[wanted]
             changed = True
@@ -193,7 +196,7 @@ class Library:
             if self._snapshots[version] is not self.current:
                 self._snapshots.pop(version).release()
                 changed = True
-        self._stamps = stamps
+        self._stamps = {version: stamp for version, stamp in self._stamps.items() if version in stamps}
         return changed
 
     def get(self, version: str) -> Snapshot | None:
@@ -230,20 +233,21 @@ class Library:
             return None
         return status.st_ino, status.st_mtime_ns
 
-    def _open(self, version: str) -> bool:
+    def _open(self, version: str) -> bool | None:
+        """Open a version; False if it is unusable, None if it may be tried again."""
         try:
             snapshot = open_snapshot(self._store.folder(version))
         except (StoreDamaged, OSError) as error:
-            if str(error) not in self._reported:
+            if self._stamp(version) is not None and str(error) not in self._reported:  # else it was deleted meanwhile
                 self._reported.add(str(error))
                 self._warn(str(error))
-            return False
+            return None if isinstance(error, OSError) else False
         if snapshot.suspects:
             self._warn(
                 f"{len(snapshot.suspects)} files of version {version} have another modification time than when they "
                 "were published; each is read again before it is served"
             )
-            self.checks.append(Recheck(snapshot))
+            self.checks = [check for check in self.checks if check.running] + [Recheck(snapshot)]
         old = self._snapshots.pop(version, None)
         self._snapshots[version] = snapshot
         if old is not None:
@@ -257,11 +261,14 @@ class Recheck:
     """A thread that reads a snapshot's suspects and puts those into service that are undamaged."""
 
     def __init__(self, snapshot: Snapshot) -> None:
-        # Descriptors of its own: counting references is for the event loop's thread alone.
-        self._work = [(file, os.dup(file.fd), chunks) for file, chunks in snapshot.suspects]
+        self._suspects = snapshot.suspects
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="recheck", daemon=True)
         self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        return self._thread.is_alive()
 
     def stop(self) -> None:
         """End it at the next block."""
@@ -273,23 +280,27 @@ class Recheck:
         self._thread.join()
 
     def _run(self) -> None:
-        for file, fd, chunks in self._work:
+        for file, chunks in self._suspects:
             try:
-                if digest_chunks(fd, stop=self._stopped.is_set) == chunks:
-                    file.broken = False
+                # A descriptor of its own: the file may be released, and counting references is the loop's alone.
+                # If the path leads to another file by now, that one's bytes say nothing of the open one's.
+                with file.path.open("rb", buffering=0) as opened:
+                    same = os.path.sameopenfile(opened.fileno(), file.fd)
+                    if same and digest_chunks(opened.fileno(), stop=self._stopped.is_set) == chunks:
+                        file.broken = False
             except OSError:
                 pass  # unreadable: it stays out of service
-            finally:
-                os.close(fd)
 
 
 def _open_file(folder: Path, unit: UnitRecord) -> UnitFile | None:
-    """The unit's file, or None when it cannot be served."""
+    """The unit's file, or None when it cannot be served. Raises OSError when the process has no room for one more."""
     if unit.file is None:
         return None
     try:
         file = UnitFile(folder / unit.file)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise
         return None
     if file.size != unit.size:
         file.release()

@@ -193,9 +193,10 @@ def _publish(checkpoint: Checkpoint, store: Store, order: _Order) -> Publication
         # Without an earlier snapshot there is nothing to compare, and the checkpoint need not be read.
         outcome = transfer(plan, checkpoint, None, candidates, report) if candidates else None
         return _publication(plan, outcome, order, (), started)
-    with _explained(store, plan), store.locked():
+    with _explained(store, plan, order), store.locked():
         store.recover()
         candidates = _candidates(plan, store)
+        _check_room(plan, store, candidates)
         folder = store.begin(order.version)
         try:
             outcome = transfer(plan, checkpoint, folder, candidates, report)
@@ -306,12 +307,24 @@ def _publication(
     )
 
 
+def _check_room(plan: Plan, store: Store, candidates: Mapping[int, Path]) -> None:
+    """Raise ENOSPC now rather than many gigabytes later. What may turn out to be linked is not counted."""
+    disk = os.statvfs(store.path)
+    if sum(unit.size for n, unit in enumerate(plan.units) if n not in candidates) > disk.f_bavail * disk.f_frsize:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 @contextmanager
-def _explained(store: Store, plan: Plan) -> Iterator[None]:
+def _explained(store: Store, plan: Plan, order: _Order) -> Iterator[None]:
     """Turn what the operating system refuses into a sentence, in one place."""
     try:
         yield
     except OSError as error:
+        if store.current() == order.version:
+            raise StoreFailed(
+                f"{order.version} was published, but {store.path} could not be tidied up: {error}; "
+                "the next publish tries again"
+            ) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise StoreFailed(
                 f"there is not enough room at {store.path} for the new snapshot, which takes up to "

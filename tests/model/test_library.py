@@ -224,6 +224,27 @@ def test_rolling_back_by_hand(store: Path, source: Path) -> None:
     assert sorted(os.listdir(store / "snapshots")) == ["a", "b", "c"]
 
 
+def test_running_out_of_descriptors_is_tried_again(store: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    library = Library(store, warn=warnings.append)
+    library.refresh()
+    publish(source, store, block=2, version="b", groups=2)
+
+    def refuse(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bzstream.model.library.UnitFile", refuse)
+        for _ in range(3):
+            assert not library.refresh()
+    assert library.current is not None
+    assert library.current.version == "a"
+    assert len(warnings) == 1
+    assert library.refresh()
+    assert library.current.version == "b"
+    library.close()
+
+
 def test_opening_a_folder_that_is_no_snapshot(tmp_path: Path) -> None:
     with pytest.raises(StoreDamaged, match="cannot be read"):
         open_snapshot(tmp_path)

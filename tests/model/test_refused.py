@@ -25,7 +25,7 @@ from bzstream.model.errors import (
     VersionExists,
 )
 
-from .build import SPLIT, Signer, contents, fused, tree, write_checkpoint, write_file
+from .build import SPLIT, Signer, check_store, contents, fused, tree, write_checkpoint, write_file
 
 
 @pytest.mark.parametrize("version", ["", ".hidden", "a/b", "../x", "a" * 65, "-a", "a b", "ä", "a\n"])
@@ -189,6 +189,39 @@ def test_what_the_system_refuses_is_one_sentence_and_changes_nothing(
             publish(tmp_path / "in", store, block=2, version="b", groups=2)
     assert tree(store) == before
     publish(tmp_path / "in", store, block=2, version="b", groups=2)
+
+
+def test_a_disk_without_room_is_noticed_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path / "in", fused())
+    room = os.statvfs_result((4096, 4096, 10, 10, 3, 10, 10, 10, 0, 255))
+    monkeypatch.setattr("os.statvfs", lambda _: room)
+    with pytest.raises(StoreFailed, match="not enough room"):
+        publish(tmp_path / "in", tmp_path / "store", block=1, version="a", groups=2)
+    assert tree(tmp_path / "store") == {".lock": b""}
+    monkeypatch.undo()
+    publish(tmp_path / "in", tmp_path / "store", block=1, version="a", groups=2)
+
+
+def test_an_old_version_that_cannot_be_deleted_does_not_undo_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs = fused()
+    data = write_checkpoint(tmp_path / "in", specs)
+    store = tmp_path / "store"
+    publish(tmp_path / "in", store, block=1, version="a", groups=2)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", refuse)
+        with pytest.raises(StoreFailed, match="b was published, but"):
+            publish(tmp_path / "in", store, block=2, version="b", groups=2, keep=1)
+    check_store(store, specs, data, SPLIT)
+    publish(tmp_path / "in", store, block=3, version="c", groups=2, keep=1)
+    assert os.listdir(store / "snapshots") == ["c"]
 
 
 def test_a_store_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
