@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, select, update
+from sqlalchemy import Connection, Row, and_, bindparam, case, select, update
 
 from bzstream.submissions.records import Job, Record
 from bzstream.submissions.schema import LedgerError, db_now, submissions
@@ -138,7 +138,9 @@ def advance_all(connection: Connection, advances: Sequence[Advance]) -> Sequence
         job, status = advance.job, advance.status
         values: dict[str, Any] = {"status": status, **advance.values}
         if job.record.status == "fetching" and status == "verifying":
-            values["fetched_at"] = db_now()
+            # The same bytes fetched again, after an evaluator died, keep the time (and the precedence) they had.
+            same = and_(_table.fetched_at.is_not(None), _table.content_hash == advance.values.get("content_hash"))
+            values["fetched_at"] = case((same, _table.fetched_at), else_=db_now())
         if status == "evaluating":
             values["evaluating_at"] = db_now()
         if status in FINAL:
