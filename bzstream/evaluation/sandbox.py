@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from bzstream.evaluation.codes import REJECTED, Failure, Refusal
 from bzstream.evaluation.ptfile import ITEM_SIZES, Stored
@@ -76,7 +77,9 @@ class Reader:
         self._memory = memory
         self._timeout = timeout
         self._lock = threading.Lock()
-        self._warm: _Child | None = None
+        # The kernel sends PR_SET_PDEATHSIG when the *thread* that started a process ends: one thread starts them all.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="reader")
+        self._warm: Future[_Child] | None = None
         self._busy: set[_Child] = set()
         self._closed = False
         self.confinement = "unknown"
@@ -108,23 +111,27 @@ class Reader:
         """Start the next file's process now, so that it is ready when the file is."""
         with self._lock:
             if self._warm is None and not self._closed:
-                self._warm = _Child()
+                self._warm = self._starter.submit(_Child)
 
     def close(self) -> None:
         """End every process; reads under way raise Failure."""
         with self._lock:
             self._closed = True
-            children = [*self._busy, *([self._warm] if self._warm else [])]
+            busy, warm = list(self._busy), self._warm
             self._warm = None
-        for child in children:
-            child.process.kill()
-            child.process.wait()
+        for child in busy:
+            child.process.kill()  # whoever reads with it closes it
+        if warm is not None:
+            warm.result().close()
+        self._starter.shutdown()
 
     def _take(self) -> _Child:
         with self._lock:
             if self._closed:
                 raise Failure("reader_crashed", "the reader is closed")
-            child, self._warm = self._warm or _Child(), None
+            future, self._warm = self._warm or self._starter.submit(_Child), None
+        child = future.result()
+        with self._lock:
             self._busy.add(child)
         self.warm_up()
         return child

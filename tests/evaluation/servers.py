@@ -106,7 +106,7 @@ class Server:
 
 
 def honest(request: Request, body: bytes, *, etag: str = '"v1"') -> None:
-    if request.start is None:
+    if request.start is None or not body:
         request.answer("200 OK", f"Content-Length: {len(body)}", f"ETag: {etag}", body=body)
         return
     stop = min(request.stop, len(body))
@@ -378,6 +378,16 @@ def forbids_later_ranges(r: Request) -> None:
         honest(r, BODY)
     else:
         r.answer("403 Forbidden", "Content-Length: 0")
+
+
+LATER = {
+    "changes_the_file_between_ranges",
+    "changes_the_size_between_ranges",
+    "forgets_ranges_after_the_first",
+    "breaks_off_a_later_range",
+    "forbids_later_ranges",
+}
+"""Kinds that only show when the file is fetched in several ranges."""
 
 
 def serving() -> Iterator[Server]:
