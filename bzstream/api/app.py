@@ -41,7 +41,7 @@ class Api:
         self._router = Router()
         for operation in OPERATIONS:
             endpoint = Endpoint(
-                handlers[operation.name], reads_body=operation.body is not None, always=operation.name == "health"
+                handlers[operation.name], reads_body=operation.body is not None, always=operation.always
             )
             self._router.add(operation.method, operation.path, endpoint)
 

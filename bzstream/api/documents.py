@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 __all__ = [
     "Accepted",
+    "DuplicateBody",
     "ErrorBody",
     "Health",
     "Manifest",
@@ -22,11 +23,21 @@ __all__ = [
 ]
 
 Hotkey = Annotated[
-    str, Meta(description="SS58 address, prefix 42", examples=["5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"])
+    str,
+    Meta(
+        description="SS58 address, prefix 42",
+        pattern="^5[1-9A-HJ-NP-Za-km-z]{47}$",
+        examples=["5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"],
+        extra_json_schema={"format": "ss58"},
+    ),
 ]
 ContentHash = Annotated[str, Meta(pattern=r"^sha256:[0-9a-f]{64}$")]
 ModelVersion = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Natural = Annotated[int, Meta(ge=0)]
+Group = Annotated[int, Meta(ge=0, le=999_999_999)]
+Block = Annotated[int, Meta(ge=0, le=2**53 - 1)]
+SubmissionId = Annotated[str, Meta(description="A random UUID", extra_json_schema={"format": "uuid"})]
+Moment = Annotated[str, Meta(description="RFC 3339, UTC", extra_json_schema={"format": "date-time"})]
 Phase = Literal["distribute", "train", "commit", "submit"]
 Status = Literal["queued", "fetching", "verifying", "evaluating", "scored", "rejected", "failed"]
 
@@ -36,6 +47,12 @@ class ErrorBody(Struct, frozen=True):
 
     detail: Annotated[str, Meta(description="A sentence for a person")]
     code: Annotated[str, Meta(pattern=r"^[a-z0-9_]+$", description="For a program")]
+
+
+class DuplicateBody(ErrorBody, frozen=True):
+    """409 of POST /submit: the hotkey's submission for this block was accepted before."""
+
+    submission_id: Annotated[SubmissionId, Meta(description="Of the identical signed body alone")] | UnsetType = UNSET
 
 
 class Health(Struct, frozen=True, omit_defaults=True):
@@ -80,7 +97,7 @@ class UnitEntry(Struct, frozen=True):
 class VersionEntry(Struct, frozen=True):
     model_version: ModelVersion
     block_number: Natural
-    published_at: Annotated[str, Meta(description="RFC 3339, UTC")]
+    published_at: Moment
     units: list[UnitEntry]
 
 
@@ -95,25 +112,32 @@ class SubmissionBody(Struct, frozen=True):
     """POST /submit. Unknown fields are ignored."""
 
     hotkey: Hotkey
-    expert_group: Annotated[int, Meta(ge=0, le=999_999_999)]
-    checkpoint_url: str
-    block_number: Natural
-    signature: Annotated[str, Meta(description="URL-safe base64 of 64 bytes, over the canonical JSON of the others")]
-    checkpoint_hash: ContentHash | None = None
+    expert_group: Group
+    checkpoint_url: Annotated[str, Meta(max_length=2048, extra_json_schema={"format": "uri"})]
+    block_number: Block
+    signature: Annotated[
+        str,
+        Meta(
+            pattern="^[A-Za-z0-9_-]{85}[AQgw](==)?$",
+            description="URL-safe base64 of the 64-byte ed25519 or sr25519 signature by `hotkey` over the canonical "
+            "JSON (RFC 8785) of the other fields",
+        ),
+    ]
+    checkpoint_hash: Annotated[ContentHash, Meta(description="Of the file behind the URL")] | UnsetType = UNSET
 
 
 class Accepted(Struct, frozen=True):
     """202: the submission is on disk."""
 
     status: Literal["accepted"]
-    submission_id: str
+    submission_id: SubmissionId
     evaluation_eta_blocks: Annotated[int, Meta(ge=1)]
 
 
 class SubmissionStatus(Struct, frozen=True):
     """GET /submissions/{submission_id}."""
 
-    submission_id: str
+    submission_id: SubmissionId
     hotkey: Hotkey
     expert_group: Natural
     block_number: Natural
@@ -122,14 +146,14 @@ class SubmissionStatus(Struct, frozen=True):
     baseline_loss: float | None
     loss: float | None
     score: float | None
-    received_at: str
-    finished_at: str | None
+    received_at: Moment
+    finished_at: Moment | None
 
 
 class ScoreRow(Struct, frozen=True):
     hotkey: Hotkey
     expert_group: Natural
-    submission_id: str
+    submission_id: SubmissionId
     status: Status
     reason: str | None
     score: float | None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from bzstream.api.documents import (
     Accepted,
+    DuplicateBody,
+    ErrorBody,
     Health,
     Manifest,
     ModelIndex,
@@ -41,15 +43,19 @@ class Operation:
     method: Literal["GET", "POST"]
     path: str
     summary: str
-    answers: dict[int, type | str]
-    """Status -> type of its JSON body, or a media type; the errors beside them are `errors`."""
-    errors: tuple[int, ...] = ()
+    answers: Mapping[int, type | str]
+    """Status -> type of its JSON body, or a media type."""
+    errors: Mapping[int, type] = field(default_factory=dict)
+    """Refusals of its own, beside those of every endpoint (framing, limits) and of every one that needs a token."""
     parameters: tuple[Parameter, ...] = ()
     body: type | None = None
     public: bool = False
+    """Needs no token."""
+    always: bool = False
+    """Answered even when the worker is full, draining or the caller has too many connections."""
     ranges: bool = False
-    """Answers 206, 304, 412 and 416 too."""
-    response_headers: tuple[str, ...] = field(default=())
+    """Honours conditions and ranges: answers 206, 304, 412 and 416 too."""
+    response_headers: tuple[str, ...] = ()
 
 
 _GROUP = Parameter(
@@ -59,16 +65,25 @@ _GROUP = Parameter(
     required=True,
     text="Expert group, a whole number",
 )
-_SS58 = {"type": "string", "pattern": "^[1-9A-HJ-NP-Za-km-z]{46,48}$"}
+_SS58 = {"type": "string", "format": "ss58", "pattern": "^5[1-9A-HJ-NP-Za-km-z]{47}$"}
 _HOTKEY = Parameter("X-Hotkey", "header", _SS58, required=True, text="SS58 address of the caller's hotkey: a claim")
 _CLAIM = Parameter("X-Hotkey", "header", _SS58, text="SS58 address of the caller's hotkey: a claim")
 _FORMAT = Parameter(
     "format", "query", {"type": "string", "enum": ["safetensors"]}, text="Send the payload alone, without the envelope"
 )
 _VERSION = Parameter("version", "query", {"type": "string"}, text="One of the retained versions; default: the current")
-_UNIT_HEADERS = ("ETag", "Last-Modified", "Accept-Ranges", "X-Block-Number", "X-Model-Version", "X-Content-Hash")
+_CONDITIONS = (
+    Parameter("Range", "header", {"type": "string"}, text="`bytes=...`, RFC 9110 14.2; a malformed one is ignored"),
+    Parameter("If-Range", "header", {"type": "string"}, text="ETag or date under which the range still holds"),
+    Parameter("If-None-Match", "header", {"type": "string"}, text="ETags that the caller has"),
+    Parameter("If-Modified-Since", "header", {"type": "string"}, text="HTTP date"),
+)
+_UNIT_HEADERS = (
+    *("ETag", "Last-Modified", "Accept-Ranges", "Content-Length", "Cache-Control"),
+    *("X-Block-Number", "X-Model-Version", "X-Content-Hash"),
+)
 _OCTETS = "application/octet-stream"
-_DOWNLOAD_ERRORS = (400, 401, 403, 404, 429, 503)
+_UNKNOWN = {404: ErrorBody}
 
 OPERATIONS: tuple[Operation, ...] = (
     Operation(
@@ -77,8 +92,8 @@ OPERATIONS: tuple[Operation, ...] = (
         "/model/partial",
         "One expert group's slice",
         {200: _OCTETS},
-        _DOWNLOAD_ERRORS,
-        (_GROUP, _HOTKEY, _FORMAT, _VERSION),
+        _UNKNOWN,
+        (_GROUP, _HOTKEY, _FORMAT, _VERSION, *_CONDITIONS),
         ranges=True,
         response_headers=(*_UNIT_HEADERS, "X-Expert-Group"),
     ),
@@ -88,8 +103,8 @@ OPERATIONS: tuple[Operation, ...] = (
         "/model/shared",
         "The tensors that belong to no expert",
         {200: _OCTETS},
-        _DOWNLOAD_ERRORS,
-        (_HOTKEY, _FORMAT, _VERSION),
+        _UNKNOWN,
+        (_HOTKEY, _FORMAT, _VERSION, *_CONDITIONS),
         ranges=True,
         response_headers=_UNIT_HEADERS,
     ),
@@ -99,8 +114,8 @@ OPERATIONS: tuple[Operation, ...] = (
         "/model/full",
         "The whole model as one safetensors file, for validators",
         {200: _OCTETS},
-        _DOWNLOAD_ERRORS,
-        (_CLAIM, _FORMAT, _VERSION),
+        _UNKNOWN,
+        (_CLAIM, _FORMAT, _VERSION, *_CONDITIONS),
         ranges=True,
         response_headers=_UNIT_HEADERS,
     ),
@@ -110,7 +125,7 @@ OPERATIONS: tuple[Operation, ...] = (
         "/model/partial/manifest",
         "The chunk hashes of a group's slice",
         {200: Manifest},
-        _DOWNLOAD_ERRORS,
+        _UNKNOWN,
         (_GROUP, _HOTKEY, _FORMAT, _VERSION),
     ),
     Operation(
@@ -119,7 +134,7 @@ OPERATIONS: tuple[Operation, ...] = (
         "/model/shared/manifest",
         "The chunk hashes of the shared tensors",
         {200: Manifest},
-        _DOWNLOAD_ERRORS,
+        _UNKNOWN,
         (_HOTKEY, _FORMAT, _VERSION),
     ),
     Operation(
@@ -128,7 +143,7 @@ OPERATIONS: tuple[Operation, ...] = (
         "/model/full/manifest",
         "The chunk hashes of the whole model, for validators",
         {200: Manifest},
-        _DOWNLOAD_ERRORS,
+        _UNKNOWN,
         (_CLAIM, _FORMAT, _VERSION),
     ),
     Operation(
@@ -137,8 +152,7 @@ OPERATIONS: tuple[Operation, ...] = (
         "/model",
         "Current and retained versions with every unit's size and hashes",
         {200: ModelIndex},
-        (400, 401, 403, 429, 503),
-        (_CLAIM,),
+        parameters=(_CLAIM,),
     ),
     Operation(
         "submit",
@@ -146,7 +160,7 @@ OPERATIONS: tuple[Operation, ...] = (
         "/submit",
         "Submit a trained checkpoint, in the submit phase",
         {202: Accepted},
-        (400, 401, 403, 408, 409, 413, 417, 423, 429, 503),
+        {409: DuplicateBody, 423: ErrorBody},
         (_CLAIM,),
         body=SubmissionBody,
     ),
@@ -156,7 +170,7 @@ OPERATIONS: tuple[Operation, ...] = (
         "/submissions/{submission_id}",
         "What became of a submission",
         {200: SubmissionStatus},
-        (400, 401, 403, 404, 429, 503),
+        _UNKNOWN,
         (Parameter("submission_id", "path", {"type": "string", "format": "uuid"}, required=True), _CLAIM),
     ),
     Operation(
@@ -165,14 +179,17 @@ OPERATIONS: tuple[Operation, ...] = (
         "/scores",
         "The scores of the latest round with results, or of another",
         {200: Scores},
-        (400, 401, 403, 404, 429, 503),
+        _UNKNOWN,
         (
             Parameter(
-                "round", "query", {"type": "integer", "minimum": 0}, text="First block of the round's submit phase"
+                "round",
+                "query",
+                {"type": "string", "pattern": "^(0|[1-9][0-9]{0,15})$"},
+                text="First block of the round's submit phase",
             ),
             _CLAIM,
         ),
     ),
-    Operation("health", "GET", "/health", "Whether the node is well", {200: Health}, public=True),
+    Operation("health", "GET", "/health", "Whether the node is well", {200: Health}, public=True, always=True),
     Operation("openapi", "GET", "/openapi.json", "This document", {200: "application/json"}, public=True),
 )

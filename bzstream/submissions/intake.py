@@ -107,7 +107,7 @@ class Situation:
     stale_s: float
     """`chain.stale_s`."""
     identities: Collection[str] = ()
-    """Hotkeys that the request was made with otherwise: bound to its token, claimed in X-Hotkey."""
+    """Hotkeys that the caller holds by other evidence, such as the one that its token is bound to."""
     now: float | None = None
     """Seconds since the epoch; None: the clock's."""
 
