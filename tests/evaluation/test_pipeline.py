@@ -420,7 +420,8 @@ def test_a_reader_that_is_killed_fails_the_job(
     server.files["honest"] = toy.improved.read_bytes()
     field.at(SEED_BLOCK)
     first = field.submit(server.url("files/honest"))
-    take, taken = Reader._take, []
+    take = Reader._take
+    taken: list[Any] = []
 
     def shot(self: Reader) -> Any:
         child = take(self)

@@ -1,0 +1,333 @@
+"""Hostile and honest files through the reading process, and the bit tests behind `non_finite`."""
+
+from __future__ import annotations
+
+import collections
+import io
+import os
+import pickle
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bzstream.evaluation.codes import REJECTED, EvaluationError, Failure, Refusal
+from bzstream.evaluation.ptfile import Stored, is_zip, read_pt
+from bzstream.evaluation.readers import CASTS, Wanted, check_finite, largest_file, survey
+from bzstream.evaluation.sandbox import Reader
+from bzstream.tensorfile import tensor_bytes
+from tests.evaluation.hostile import FILES, honest, honest_pt
+
+Read = Callable[[bytes], list[Stored]]
+
+
+@pytest.fixture
+def read(wanted: tuple[Wanted, ...]) -> Read:
+    """The reading process's work in this one: `test_pipeline.py` sends every hostile file through real ones."""
+
+    def run(data: bytes) -> list[Stored]:
+        def pread(length: int, offset: int) -> bytes:
+            return data[offset : offset + length]
+
+        found = survey(pread, len(data), wanted)
+        for stored, w in zip(found, wanted, strict=True):
+            check_finite(pread, stored, w.dtype)
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_hostile_file_ends_in_its_code(name: str, read: Read, honest_tensors: dict[str, Any]) -> None:
+    maker, code = FILES[name]
+    data = maker(honest_tensors)
+    began = time.monotonic()
+    with pytest.raises(Refusal) as caught:
+        read(data)
+    assert caught.value.code == code, caught.value.detail
+    assert caught.value.detail.isprintable(), "the file's own words reached a terminal"
+    assert time.monotonic() - began < 5
+
+
+def test_there_are_many_kinds_of_hostile_file() -> None:
+    assert len(FILES) >= 40
+    assert {code for _, code in FILES.values()} <= REJECTED.keys()
+
+
+@pytest.mark.parametrize("make", [honest, honest_pt, lambda t: honest(t, "F32"), lambda t: honest(t, "F16")])
+def test_honest_files_are_read(
+    make: Callable[[Any], bytes], reader: Reader, honest_tensors: dict[str, Any], wanted: tuple[Wanted, ...]
+) -> None:
+    data = make(honest_tensors)
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        found = reader.read(file.fileno(), len(data), wanted)
+    for stored, w in zip(found, wanted, strict=True):
+        raw = data[stored.offset : stored.offset + stored.nbytes]
+        kind = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}[stored.dtype]
+        found = torch.frombuffer(bytearray(raw), dtype=kind).view(w.shape).float().numpy()
+        assert np.allclose(found, honest_tensors[w.name], rtol=1e-2, atol=1e-6)
+    assert reader.confinement == "seccomp"
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("shape_of_dict", ["dict", "ordered", "module"])
+def test_what_torch_save_writes_is_read(
+    protocol: int, shape_of_dict: str, read: Read, honest_tensors: dict[str, Any]
+) -> None:
+    tensors: dict[str, Any] = {name: torch.from_numpy(a).bfloat16() for name, a in honest_tensors.items()}
+    if shape_of_dict != "dict":
+        tensors = collections.OrderedDict(tensors)
+    if shape_of_dict == "module":
+        tensors._metadata = collections.OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]
+    out = io.BytesIO()
+    torch.save(tensors, out, pickle_protocol=protocol)
+    data = out.getvalue()
+    for stored in read(data):
+        raw = data[stored.offset : stored.offset + stored.nbytes]
+        assert torch.frombuffer(bytearray(raw), dtype=torch.bfloat16).equal(tensors[stored.name].flatten())
+
+
+def _saved(value: object, **options: Any) -> bytes:
+    out = io.BytesIO()
+    torch.save(value, out, **options)
+    return out.getvalue()
+
+
+TORCH_ONLY: dict[str, tuple[Callable[[dict[str, Any]], bytes], set[str]]] = {
+    "legacy format": (lambda t: _saved(t, _use_new_zipfile_serialization=False), {"not_safetensors_or_pt"}),
+    "a whole module": (lambda t: _saved(torch.nn.Linear(2, 2)), {"unsafe_pickle"}),
+    "parameters": (lambda t: _saved({k: torch.nn.Parameter(v) for k, v in t.items()}), {"unsafe_pickle"}),
+    "sparse": (lambda t: _saved({k: v.to_sparse() for k, v in t.items()}), {"unsafe_pickle"}),
+    "meta": (lambda t: _saved({k: v.to("meta") for k, v in t.items()}), {"unsafe_pickle"}),
+    "complex": (lambda t: _saved({k: v.to(torch.complex64) for k, v in t.items()}), {"unsafe_pickle"}),
+    "unsigned": (lambda t: _saved({k: v.to(torch.uint16) for k, v in t.items()}), {"unsafe_pickle"}),
+    "views": (lambda t: _saved({k: v[:, :1] for k, v in t.items()}), {"bad_layout"}),
+    "transposed views": (lambda t: _saved({k: v.mT for k, v in t.items()}), {"bad_layout"}),
+    "expanded": (lambda t: _saved({k: v[:1].expand(v.shape) for k, v in t.items()}), {"bad_layout"}),
+    "one storage": (lambda t: _saved(dict.fromkeys(t, next(iter(t.values())))), {"bad_layout"}),
+    "gradients' hooks": (lambda t: _saved({"model": t, "optimizer": {"lr": 1e-3}}), {"unsafe_pickle", "wrong_keys"}),
+    "a python object": (lambda t: _saved({"args": Path("x"), **t}), {"unsafe_pickle"}),
+}
+
+
+@pytest.mark.parametrize("name", TORCH_ONLY)
+def test_what_torch_save_can_write_beyond_plain_tensors_is_refused(
+    name: str, read: Read, honest_tensors: dict[str, Any]
+) -> None:
+    make, codes = TORCH_ONLY[name]
+    with pytest.raises(Refusal) as caught:
+        read(make({k: torch.from_numpy(v).bfloat16() for k, v in honest_tensors.items()}))
+    assert caught.value.code in codes, caught.value.detail
+
+
+# ---- Values that are not finite -----------------------------------------------------------------------------------
+
+_TORCH = {
+    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_FLOATS = [(source, published) for published, sources in CASTS.items() for source in sources if published in _TORCH]
+
+
+def _is_refused(raw: bytes, source: str, published: str) -> bool:
+    stored = Stored("x", source, (len(raw) // (tensor_bytes(source, (1,)) or 1),), 0, len(raw))
+    try:
+        check_finite(lambda length, offset: raw[offset : offset + length], stored, published)
+    except Refusal as refusal:
+        return refusal.code == "non_finite"
+    return False
+
+
+@pytest.mark.parametrize(("source", "published"), [pair for pair in _FLOATS if tensor_bytes(pair[0], (1,)) <= 2])
+def test_every_value_of_small_dtypes_is_judged_as_torch_casts_it(source: str, published: str) -> None:
+    width = tensor_bytes(source, (1,))
+    values = np.arange(1 << (8 * width), dtype=f"<u{width}")
+    cast = torch.frombuffer(bytearray(values.tobytes()), dtype=_TORCH[source]).to(_TORCH[published])
+    finite = torch.isfinite(cast.float()).numpy()
+    sample = np.r_[0 : len(values) : 97, np.flatnonzero(np.diff(finite)), np.flatnonzero(np.diff(finite)) + 1]
+    for value in values[np.unique(sample)]:
+        assert _is_refused(value.tobytes(), source, published) == (not finite[int(value)])
+
+
+@pytest.mark.parametrize("published", ["F32", "BF16", "F16"])
+@given(
+    bits=st.integers(0, (1 << 32) - 1) | st.sampled_from([0x7F7F7FFF, 0x7F7F8000, 0x477FEFFF, 0x477FF000, 0xFF7F8000])
+)
+def test_float32_is_judged_as_torch_casts_it(published: str, bits: int) -> None:
+    raw = bits.to_bytes(4, "little")
+    cast = torch.frombuffer(bytearray(raw), dtype=torch.float32).to(_TORCH[published])
+    assert _is_refused(raw, "F32", published) == (not bool(torch.isfinite(cast)))
+
+
+@given(st.data())
+def test_a_bad_value_is_found_wherever_it_is(data: st.DataObject) -> None:
+    count = data.draw(st.sampled_from([1, 1000, (1 << 19) - 1, 1 << 19, (1 << 19) + 1]))
+    values = np.zeros(count, "<u2")
+    assert not _is_refused(values.tobytes(), "BF16", "BF16")
+    values[data.draw(st.integers(0, count - 1))] = data.draw(st.sampled_from([0x7F80, 0xFF80, 0x7FC0, 0xFFFF]))
+    assert _is_refused(values.tobytes(), "BF16", "BF16")
+
+
+# ---- Fuzz ---------------------------------------------------------------------------------------------------------
+
+
+@given(
+    data=st.data(),
+    pickled=st.booleans(),
+)
+def test_a_damaged_file_is_refused_or_still_the_same_tensors(data: st.DataObject, pickled: bool) -> None:
+    """Any byte changed, cut out or put in: a coded refusal, or ranges that lie in the file and do not overlap."""
+    tensors = {"a": np.ones((2, 3), np.float32), "b": np.ones((4,), np.float32)}
+    wanted = [Wanted(name, "BF16", array.shape) for name, array in tensors.items()]
+    raw = bytearray((honest_pt if pickled else honest)(tensors))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(raw) - 1))
+        match data.draw(st.sampled_from("cdi")):
+            case "c":
+                raw[at] = data.draw(st.integers(0, 255))
+            case "d":
+                del raw[at : at + data.draw(st.integers(1, 8))]
+            case _:
+                raw[at:at] = data.draw(st.binary(min_size=1, max_size=8))
+        if not raw:
+            raw = bytearray(b"\0")
+    whole = bytes(raw)
+    try:
+        found = survey(lambda length, offset: whole[offset : offset + length], len(whole), wanted)
+    except Refusal:  # its code is in the table: the constructor sees to that
+        return
+    spans = sorted((stored.offset, stored.offset + stored.nbytes) for stored in found)
+    assert all(0 <= start <= end <= len(whole) for start, end in spans)
+    assert spans[0][1] <= spans[1][0]
+
+
+@given(st.binary(max_size=400))
+def test_any_pickle_is_refused_with_a_code(stream: bytes) -> None:
+    from tests.evaluation.hostile import archive
+
+    raw = archive(stream, {"0": b"\0\0"})
+    with pytest.raises(Refusal) as caught:
+        read_pt(lambda length, offset: raw[offset : offset + length], len(raw), max_tensors=4)
+    assert caught.value.code in ("unsafe_pickle", "bad_layout", "wrong_keys")
+
+
+def test_the_formats_are_told_apart_by_their_first_bytes() -> None:
+    assert is_zip(b"PK\x03\x04....")
+    assert not is_zip(b"PK\x05\x06....")
+
+
+def test_the_largest_file_has_room_for_float32_and_heads() -> None:
+    wanted = [Wanted("a", "BF16", (100,)), Wanted("b", "U8", (10,))]
+    assert 410 + (1 << 20) <= largest_file(wanted) <= 410 + (1 << 20) + 16384
+
+
+def test_a_published_dtype_nobody_can_score_is_an_error() -> None:
+    with pytest.raises(EvaluationError, match="cannot be evaluated"):
+        largest_file([Wanted("a", "C64", (1,))])
+
+
+# ---- The process --------------------------------------------------------------------------------------------------
+
+
+def probe(code: str) -> str:
+    """Run `code` in a confined reading process, in place of the reader; what it answers."""
+    import json
+    import socket
+    import subprocess
+    import sys
+
+    ours, theirs = socket.socketpair()
+    program = (
+        "import sys, os, json, socket, subprocess, threading; sys.path[:] = sys.argv[2:]\n"
+        "from bzstream.evaluation import child\n"
+        "def read(fd, size, wanted, *, seccomp):\n"
+        "    try:\n"
+        + "".join(f"        {line}\n" for line in code.splitlines())
+        + "    except BaseException as error:\n"
+        "        return {'found': type(error).__name__ + ' ' + str(getattr(error, 'errno', ''))}\n"
+        "child._read = read\n"
+        "child.main(int(sys.argv[1]))\n"
+    )
+    with ours, theirs, tempfile.TemporaryFile() as file:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", program, str(theirs.fileno()), *[p for p in sys.path if p]],
+            pass_fds=[theirs.fileno()],
+            env={"OPENBLAS_NUM_THREADS": "1"},
+            stderr=subprocess.DEVNULL,
+        )
+        theirs.close()
+        body = json.dumps({"size": 0, "memory": 64 << 20, "cpu": 1, "wanted": []}).encode()
+        socket.send_fds(ours, [len(body).to_bytes(8, "little")], [file.fileno()])
+        ours.sendall(body)
+        answer = b""
+        while piece := ours.recv(65536):
+            answer += piece
+        status = process.wait(timeout=30)
+    return str(json.loads(answer)["found"]) if answer else f"ended with {status}"
+
+
+@pytest.mark.parametrize(
+    ("code", "answer"),
+    [
+        ("open('/etc/passwd').read()", "PermissionError 1"),
+        ("open('/tmp/x', 'w')", "PermissionError 1"),
+        ("os.listdir('/')", "PermissionError 1"),
+        ("socket.socket()", "PermissionError 1"),
+        ("subprocess.run(['true'])", "PermissionError 1"),
+        ("os.fork()", "PermissionError 1"),
+        ("os.kill(1, 9)", "PermissionError 1"),
+        ("os.unlink('/tmp/x')", "PermissionError 1"),
+        ("threading.Thread(target=print).start()", "RuntimeError "),
+        ("return {'found': len(bytearray(1 << 30))}", "MemoryError "),
+        ("return {'found': sorted(os.environ)}", "['LC_CTYPE', 'OPENBLAS_NUM_THREADS']"),
+        ("while True: pass", f"ended with {-24}"),  # SIGXCPU
+    ],
+)
+def test_the_reading_process_can_do_nothing_else(code: str, answer: str) -> None:
+    assert probe(code) == answer
+
+
+def test_a_file_that_takes_too_long_is_too_costly(wanted: tuple[Wanted, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    impatient = Reader(memory=64 << 20, timeout=0.001)
+    try:
+        with tempfile.TemporaryFile() as file, pytest.raises(Refusal) as caught:
+            impatient.read(file.fileno(), 0, wanted)
+        assert caught.value.code == "too_costly"
+    finally:
+        impatient.close()
+
+
+def test_a_reader_leaves_no_process_behind(wanted: tuple[Wanted, ...]) -> None:
+    before = _children()
+    opened = Reader(memory=64 << 20, timeout=10)
+    with tempfile.TemporaryFile() as file, pytest.raises(Refusal):
+        opened.read(file.fileno(), 0, wanted)
+    children = _children() - before
+    assert children, "the next process is not being kept warm"
+    opened.close()
+    assert not children & _children()
+    with tempfile.TemporaryFile() as file, pytest.raises(Failure):
+        opened.read(file.fileno(), 0, wanted)
+
+
+def _children() -> set[str]:
+    found: set[str] = set()
+    for task in os.listdir("/proc/self/task"):
+        found |= set(Path(f"/proc/self/task/{task}/children").read_text().split())
+    return found
+
+
+def test_verdicts_cross_processes() -> None:
+    again = pickle.loads(pickle.dumps(Refusal("non_finite", "why")))
+    assert (again.code, again.detail) == ("non_finite", "why")
+    with pytest.raises(ValueError, match="is not a code"):
+        Refusal("no_such_code", "")
