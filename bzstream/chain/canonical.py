@@ -28,14 +28,16 @@ def canonical_json(value: object) -> bytes:
 
     Raises NotCanonical for anything else, for integers beyond +-(2^53 - 1) and for strings with lone surrogates.
     """
-    # json.dumps writes what RFC 8785 3.2.2.2 asks for: \b \t \n \f \r \" \\, \u00xx in lower case for the other
+    # The encoder writes what RFC 8785 3.2.2.2 asks for: \b \t \n \f \r \" \\, \u00xx in lower case for the other
     # control characters, and everything else as it is. Only the order of members needs help: `sort_keys` sorts by
     # code points, the RFC by UTF-16 code units, and they differ above U+FFFF.
-    text = json.dumps(_ordered(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     try:
-        return text.encode("utf-8")
+        return _ENCODER.encode(_ordered(value)).encode("utf-8")
     except UnicodeEncodeError:
         raise NotCanonical("a string with a lone surrogate has no UTF-8 form; send valid Unicode") from None
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def _ordered(value: object) -> object:

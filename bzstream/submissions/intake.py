@@ -163,13 +163,7 @@ class _NotAnInteger(float):
 
 def _parse(raw: bytes) -> dict[str, Any]:
     try:
-        document = json.loads(
-            raw.decode("utf-8"),
-            object_pairs_hook=_members,
-            parse_int=_parse_integer,
-            parse_float=lambda _: _NotAnInteger(),
-            parse_constant=_constant,
-        )
+        document = _DECODER.decode(raw.decode("utf-8"))
     except (ValueError, RecursionError):  # bad UTF-8 and bad JSON are ValueErrors; deep nesting is the latter
         raise Refused(400, "invalid_json", "the body is not valid JSON") from None
     if not isinstance(document, dict):
@@ -190,6 +184,14 @@ def _parse_integer(text: str) -> int | _NotAnInteger:
 
 def _constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_members,
+    parse_int=_parse_integer,
+    parse_float=lambda _: _NotAnInteger(),
+    parse_constant=_constant,
+)
 
 
 def _text(document: dict[str, Any], name: str) -> str:
