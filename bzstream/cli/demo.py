@@ -8,6 +8,7 @@ tensors, status codes) and ends with exit status 1 at the first thing that is no
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import shlex
@@ -48,6 +49,7 @@ def demo(
             _download(stage, checkpoint)
             _refusals(stage)
             _submissions(stage)
+            _round(stage)
             stage.console.print(f"\n[bold green]Everything held.[/] {time.monotonic() - started:.1f} s in all.")
             if serve:
                 _invite(stage)
@@ -136,6 +138,19 @@ def _submissions(stage: Stage) -> None:
     again = {**other, "signature": stage.miner.sign_fields(other)}
     _expect(stage, "another one for the same block", 409, post(again))
     _expect(stage, "with a signature that is not the hotkey's", 400, post(forged))
+
+
+def _round(stage: Stage) -> None:
+    """Train and score, where the libraries for it are installed."""
+    from bzstream.cli._stage import Stage
+
+    if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
+        stage.say("A round of training and scoring")
+        stage.console.print(f"  left out: {' and '.join(missing)} not installed (bzstream\\[validator] brings them)")
+        return
+    from bzstream.cli._round import play_round
+
+    play_round(Stage(stage.place / "round"))
 
 
 def _invite(stage: Stage) -> None:
