@@ -64,9 +64,10 @@ class Connection:
     """A client's connection to the server that it was accepted by."""
 
     __slots__ = (
-        "_address", "_answer", "_body", "_complete", "_endpoint", "_eof", "_inbox", "_last", "_lead_body", "_lingered",
-        "_link", "_loopback", "_moved", "_parser", "_readable", "_refusal", "_request", "_scanned", "_server",
-        "_started", "_taken", "_task", "_transfer", "deadline", "fd", "phase", "seat", "slot", "surplus",
+        "_address", "_answer", "_bodiless", "_body", "_complete", "_endpoint", "_eof", "_inbox", "_last",
+        "_lead_body", "_lingered", "_link", "_loopback", "_moved", "_parser", "_readable", "_refusal", "_request",
+        "_scanned", "_server", "_started", "_taken", "_task", "_transfer", "deadline", "fd", "phase", "seat", "slot",
+        "surplus",
     )  # fmt: skip
 
     def __init__(self, server: Server, link: Link, fd: int, address: str, loopback: bool) -> None:
@@ -102,6 +103,7 @@ class Connection:
         self._parser: h11.Connection | None = None
         self._request: Request | None = None
         self._complete = False
+        self._bodiless: bool | None = None
         self._endpoint: Endpoint | None = None
         self._refusal: HttpError | None = None
         self._body: BodyReader | None = None
@@ -231,6 +233,7 @@ class Connection:
         """A head is complete: judge it, and go on to the body or the answer."""
         server = self._server
         settings = server.settings
+        self._bodiless = head.startswith(b"HEAD ")
         framing.check_head(head, settings.max_fields)
         self._parser = parser = h11.Connection(h11.SERVER, max_incomplete_event_size=settings.max_head)
         parser.receive_data(head)
@@ -318,11 +321,11 @@ class Connection:
             result = self._refusal
         self.phase, self.deadline = Phase.SENDING, inf
         try:
-            head = self._frame(result)
-        except Exception as error:
-            # A header field that h11 refuses, for one. Nothing of the answer has gone out.
-            head = self._frame(self._failure(error))
-        try:
+            try:
+                head = self._frame(result)
+            except h11.LocalProtocolError as error:
+                # A header field of the application's that h11 refuses. Nothing of the answer has gone out.
+                head = self._frame(self._failure(error))
             self._begin_sending(head)
         except OSError:
             self.close()
@@ -334,8 +337,14 @@ class Connection:
         """Make the answer, settle whether it is the connection's last, and return its head."""
         server, request = self._server, self._request
         self._answer = answer = answer_for(result, request, server.wall_clock())
-        # h11 frames an error to a request that it never saw as one to HTTP/1.0: with a length, and closing.
-        parser = self._parser = self._parser or h11.Connection(h11.SERVER)
+        parser = self._parser
+        if request is None or parser is None:
+            # An answer to what was not understood, or came only in part, is framed as one to HTTP/1.0: it closes.
+            if self._bodiless is None:
+                self._bodiless = self._inbox.startswith(b"HEAD ")
+            self._parser = parser = h11.Connection(h11.SERVER)
+            parser.receive_data(b"HEAD / HTTP/1.0\r\n\r\n" if self._bodiless else b"GET / HTTP/1.0\r\n\r\n")
+            parser.next_event()
         fields = [("Date", server.date()), ("Server", "bzstream"), *answer.headers]
         if answer.length is not None:
             fields.append(("Content-Length", str(answer.length)))
@@ -346,7 +355,7 @@ class Connection:
         response = h11.Response(status_code=answer.status, headers=fields, reason=PHRASES.get(answer.status, ""))
         head = parser.send(response)
         assert head is not None
-        if request is not None and request.method == "HEAD":
+        if self._bodiless:
             self._answer = answer = replace(answer, body=b"")
         if len(answer.body):
             # h11 asks a body for nothing but its length, so that a payload can stand in for its bytes.

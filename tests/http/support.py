@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
@@ -68,11 +69,9 @@ class TinyApplication:
     finished: threading.Event = field(default_factory=threading.Event)
     cancelled: threading.Event = field(default_factory=threading.Event)
     release: asyncio.Event | None = None
-    content: bytes = b""
 
     def __post_init__(self) -> None:
         self.payload = Payload((ENVELOPE, Extent(self.file, 0, self.file.size)))
-        self.content = self.payload.read()
         router = self.router = Router()
         router.add("GET", "/health", Endpoint(lambda _: Response.json({"status": "healthy"}), always=True))
         router.add("GET", "/file", Endpoint(self._file))
@@ -86,6 +85,11 @@ class TinyApplication:
         router.add("GET", "/async-bug", Endpoint(self._async_bug))
         router.add("GET", "/bad-header", Endpoint(lambda _: Response(200, (("X", "a\nb"),), b"x")))
         router.add("GET", "/peer", Endpoint(lambda r: Response.json([r.peer, r.caller, r.loopback, r.secure])))
+
+    @cached_property
+    def content(self) -> bytes:
+        """What `/file` is."""
+        return self.payload.read()
 
     def admit(self, request: Request) -> Endpoint:
         if request.path != "/health" and request.headers.get("authorization") != f"Bearer {TOKEN}":

@@ -132,23 +132,27 @@ def test_callers_get_equal_shares(serve: Serve, tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(4 << 30)  # sparse: the kernel sends its zeros from the cache like any page
     server = serve(path, quantum=256 * 1024, max_connections_per_caller=100)
-    stop, totals, memory = threading.Event(), [0] * 8, bytearray(1 << 20)
+    stop, memory = threading.Event(), bytearray(1 << 20)
+    owners = [caller for caller in range(8) for _ in range(1 if caller < 4 else 6)]
+    totals = [0] * len(owners)
 
-    def take(caller: int) -> None:
+    def take(number: int) -> None:
         with server.connect() as client:
-            client.send(FILE[:-2] + f"X-Hotkey: caller-{caller}\r\n\r\n")
+            client.send(FILE[:-2] + f"X-Hotkey: caller-{owners[number]}\r\n\r\n")
             while not stop.is_set():
                 # MSG_TRUNC drops what has come without a copy: the clients must not be what the server waits for.
-                totals[caller] += client.socket.recv_into(memory, 1 << 20, socket.MSG_TRUNC)
+                count = client.socket.recv_into(memory, 1 << 20, socket.MSG_TRUNC)
+                totals[number] += count
 
-    with ThreadPoolExecutor(28) as pool:
-        for caller in range(8):
-            for _ in range(1 if caller < 4 else 6):
-                pool.submit(take, caller)
+    with ThreadPoolExecutor(len(owners)) as pool:
+        for number in range(len(owners)):
+            pool.submit(take, number)
         wait_until(lambda: all(totals))
         begun = list(totals)
         time.sleep(1.5)
-        taken = [after - before for before, after in zip(begun, totals, strict=True)]
+        taken = [0] * 8
+        for number, total in enumerate(totals):
+            taken[owners[number]] += total - begun[number]
         stop.set()
     assert sum(taken) ** 2 / (8 * sum(n * n for n in taken)) >= 0.97, taken
 
@@ -288,11 +292,10 @@ def test_an_answer_that_waited_is_sent(serve: Serve) -> None:
 
 def test_records_say_what_was_sent(serve: Serve) -> None:
     server = serve()
-    server.ask(FILE[:-2] + "Range: bytes=0-9\r\n\r\n")
-    server.ask(HEALTH)
-    server.ask("GET /nothing HTTP/1.1\r\nHost: x\r\n" + AUTH + "\r\n")
-    server.ask("nonsense\n")
-    wait_until(lambda: len(server.observer.requests) == 4)
+    nothing = "GET /nothing HTTP/1.1\r\nHost: x\r\n" + AUTH + "\r\n"
+    for n, text in enumerate((FILE[:-2] + "Range: bytes=0-9\r\n\r\n", HEALTH, nothing, "nonsense\n")):
+        server.ask(text)
+        wait_until(lambda n=n: len(server.observer.requests) == n + 1)  # type: ignore[misc]
     found = [(r.method, r.route, r.label, r.status, r.sent, r.complete) for r in server.observer.requests]
     assert found[0] == ("GET", "/file", "file", 206, 10, True)
     assert found[1] == ("GET", "/health", "", 200, 20, True)

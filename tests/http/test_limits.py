@@ -84,7 +84,7 @@ def test_limits_of_size(serve: Serve) -> None:
 
 
 def test_connections_of_one_caller(serve: Serve) -> None:
-    server = serve(max_connections_per_caller=2)
+    server = serve(max_connections_per_caller=2, linger_s=0.2)
     with server.connect() as first, server.connect() as second, server.connect() as third:
         for client in (first, second):
             client.send(PEER + "\r\n")
@@ -145,8 +145,9 @@ def test_far_more_connections_than_a_worker_takes(serve: Serve) -> None:
 
 
 def _closed(client: Client) -> bool:
+    client.socket.setblocking(False)
     try:
-        return client.socket.recv(1, socket.MSG_DONTWAIT) == b""
+        return client.socket.recv(1) == b""
     except BlockingIOError:
         return False
     except ConnectionResetError:
@@ -154,7 +155,7 @@ def _closed(client: Client) -> bool:
 
 
 def test_draining(serve: Serve) -> None:
-    server = serve()
+    server = serve(linger_s=0.2)
     with server.connect() as idle, server.connect(receive_buffer=4096) as download, server.connect() as late:
         for client in (idle, late):
             client.send(HEALTH)
