@@ -290,11 +290,17 @@ class Node:
             self._send(sock, status, list(fields.items()), bytes(body[:1000]))
             self._over.wait(60)
             return False
-        self._send(sock, status, list(fields.items()), body)
+        self._send(sock, status, list(fields.items()), body, count=True)
         return lie not in ("short", "empty", "length", "chunked")
 
     def _send(
-        self, sock: socket.socket, status: int, fields: list[tuple[str, str]], content: bytes | memoryview
+        self,
+        sock: socket.socket,
+        status: int,
+        fields: list[tuple[str, str]],
+        content: bytes | memoryview,
+        *,
+        count: bool = False,
     ) -> None:
         head = f"HTTP/1.1 {status} X\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields) + "\r\n"
         sock.sendall(head.encode("latin-1"))
@@ -302,8 +308,9 @@ class Node:
         piece = len(view) if not self.rate else max(1024, int(self.rate / 50))
         for at in range(0, len(view), max(1, piece)):
             sock.sendall(view[at : at + piece])
-            with self._lock:
-                self.sent += len(view[at : at + piece])
+            if count:
+                with self._lock:
+                    self.sent += len(view[at : at + piece])
             if self.rate:
                 time.sleep(piece / self.rate)
 
