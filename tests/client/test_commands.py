@@ -1,0 +1,166 @@
+"""The commands as a person or a script runs them: files, output, exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.client.node import HOTKEY, TOKEN, Node, Seen
+
+ENVIRONMENT = {**os.environ, "BZ_AUTH_TOKEN": TOKEN, "COLUMNS": "120", "TERM": "xterm"}
+
+
+def run(*arguments: str | Path, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "bzstream", *map(str, arguments)],
+        env={**ENVIRONMENT, **environment}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    return done
+
+
+def test_pull_says_what_it_did_in_words_and_in_json(node: Node, payload: bytes, tmp_path: Path) -> None:
+    arguments = ("pull", node.url, "--group", "0", "--out", tmp_path / "out", "--hotkey", HOTKEY)
+    said = run(*arguments).stdout
+    assert "3.0 MB of version step_1" in said
+    assert node.units["partial", 0].sha256 in said
+    assert (tmp_path / "out" / "group-0.safetensors").read_bytes() == payload
+    document = json.loads(run(*arguments, "--json").stdout)
+    assert document["version"] == "step_1"
+    assert document["units"][0]["fetched"] == 0
+    assert document["units"][0]["content_hash"] == "sha256:" + node.units["partial", 0].sha256
+
+
+def test_pull_fails_with_one_line_and_status_1(node: Node, tmp_path: Path) -> None:
+    arguments = ("pull", node.url, "--out", tmp_path / "out", "--hotkey", HOTKEY)
+    for more, words in (
+        (("--group", "7"), "does not have group 7"),
+        (("--group", "0", "--version", "step_9"), "does not have group 0 of step_9"),
+    ):
+        said = run(*arguments, *more, status=1).stderr
+        assert words in said
+        assert said.count("\n") == 1
+    assert "BZ_AUTH_TOKEN" in run(*arguments, "--group", "0", status=1, BZ_AUTH_TOKEN="x" * 32).stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--group", "0"),
+        ("--hotkey", HOTKEY),
+        ("--group", "0", "--hotkey", "nobody"),
+        ("--group", "-1", "--hotkey", HOTKEY),
+        ("--group", "0", "--hotkey", HOTKEY, "--verify", "md5"),
+        ("--group", "0", "--hotkey", HOTKEY, "--connections", "0"),
+        ("--group", "0", "--hotkey", HOTKEY, "--bogus"),
+    ],
+)
+def test_wrong_usage_is_status_2(arguments: tuple[str, ...], node: Node, tmp_path: Path) -> None:
+    run("pull", node.url, "--out", tmp_path / "out", *arguments, status=2)
+    run("pull", "ftp://x", "--group", "0", "--hotkey", HOTKEY, "--out", tmp_path, status=2)
+
+
+def test_ctrl_c_stops_at_once_and_the_next_call_goes_on(node: Node, payload: bytes, tmp_path: Path) -> None:
+    node.rate = 1e6
+    command = [sys.executable, "-m", "bzstream", "pull", node.url, "--group", "0", "--hotkey", HOTKEY,
+               "--out", str(tmp_path / "out"), "--connections", "1"]  # fmt: skip
+    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while node.sent < 1_000_000:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=10)
+    assert time.monotonic() - began < 2
+    assert process.returncode == 1
+    assert said == "bzstream: stopped; the same command goes on from here\n"
+    node.rate = 0
+    document = json.loads(run(*command[3:], "--json").stdout)
+    assert document["units"][0]["reused"] > 900_000
+    assert (tmp_path / "out" / "group-0.safetensors").read_bytes() == payload
+
+
+def test_a_terminal_gets_a_bar(node: Node, tmp_path: Path) -> None:
+    node.rate = 2e6
+    main, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bzstream", "pull", node.url, "--group", "0", "--hotkey", HOTKEY,
+         "--out", str(tmp_path), "--connections", "1"],
+        env=ENVIRONMENT, stderr=terminal, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    os.close(terminal)
+    shown = b""
+    try:
+        while piece := os.read(main, 65536):
+            shown += piece
+    except OSError:  # EIO: the other end is closed
+        pass
+    os.close(main)
+    process.communicate(timeout=10)
+    assert process.returncode == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    for part in (r"group 0", r"/ 3\.0 MB", r"MB/s", r"left", r"\d+% verified", r"1 connections"):
+        assert re.search(part, text), (part, text)
+
+
+def test_submit_and_wait(node: Node, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("07" * 32)
+    states = iter(["queued", "evaluating", "rejected"])
+
+    def answer(seen: Seen) -> tuple[int, list[tuple[str, str]], bytes]:
+        if seen.path == "/submit":
+            return 202, [], b'{"status":"accepted","submission_id":"abc-1","evaluation_eta_blocks":5}'
+        state = next(states)
+        reason = "nan_weights" if state == "rejected" else None
+        return 200, [], json.dumps({"submission_id": "abc-1", "status": state, "reason": reason}).encode()
+
+    node.answer = answer
+    arguments = (
+        "submit",
+        node.url,
+        "--key",
+        key,
+        "--group",
+        "0",
+        "--checkpoint-url",
+        "https://m.example/c",
+        "--block",
+        5,
+    )
+    said = run(*map(str, arguments)).stdout
+    assert "accepted as abc-1 for block 5" in said
+    done = run(*map(str, arguments), "--wait", status=1)
+    assert "evaluating" in done.stdout
+    assert "nan_weights" in done.stderr
+    assert len({seen.body for seen in node.seen if seen.path == "/submit"}) == 1
+
+
+def test_bench_prints_a_table_json_and_a_plot(node: Node, tmp_path: Path) -> None:
+    arguments = ("bench", node.url, "--group", "0", "--connections", "1,2", "--seconds", "0.2")
+    said = run(*arguments, "--plot", tmp_path / "plot.png").stdout
+    assert "GB/s" in said
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert [sweep["connections"] for sweep in json.loads(run(*arguments, "--json").stdout)["sweeps"]] == [1, 2]
+    run("bench", node.url, "--connections", "1,x", status=2)
+
+
+@pytest.mark.parametrize("command", ["pull", "submit", "bench"])
+def test_help_says_what_matters(command: str) -> None:
+    said = run(command, "--help").stdout
+    assert "BZ_AUTH_TOKEN" in said
+    if command == "pull":
+        assert "--validator-hotkey" in said
+        assert "protect" in said
