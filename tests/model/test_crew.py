@@ -14,14 +14,24 @@ from bzstream.model.crew import Crew, Lane
 
 def test_a_lane_keeps_its_order_while_lanes_run_side_by_side() -> None:
     pick = random.Random(0)
-    done: dict[int, list[int]] = {lane: [] for lane in range(10)}
+    done: dict[int, list[int]] = {lane: [] for lane in range(6)}
+    inside = {lane: threading.Lock() for lane in done}
+
+    def work(lane: int, job: int) -> None:
+        assert inside[lane].acquire(blocking=False), "two jobs of one lane at once"
+        done[lane].append(job)
+        time.sleep(0)  # another thread's turn
+        inside[lane].release()
+
     with Crew(4) as crew:
         lanes = {number: Lane(crew) for number in done}
-        for job in range(2000):
-            number = pick.randrange(10)
-            lanes[number].put(partial(done[number].append, job))
+        for job in range(6000):
+            number = pick.randrange(6)
+            lanes[number].put(partial(work, number, job))
+            if job % 7 == 0:
+                time.sleep(0)  # so that lanes run dry and are filled again while they are worked on
         crew.drain()
-    assert sum(map(len, done.values())) == 2000
+    assert sum(map(len, done.values())) == 6000
     assert all(order == sorted(order) for order in done.values())
 
 

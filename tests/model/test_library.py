@@ -148,6 +148,16 @@ def test_a_file_that_changed_before_the_worker_started_is_not_served(
     library.close()
 
 
+def test_a_cut_file_is_found_by_its_size_alone(store: Path) -> None:
+    path = store / "current/group-1.safetensors"
+    status = os.stat(path)
+    cut(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    library, _ = opened(store)
+    assert library.damaged == ["partial/1", "full"]
+    library.close()
+
+
 def test_a_copied_store_is_served_when_it_was_read_again(store: Path, tmp_path: Path) -> None:
     shutil.copytree(store, tmp_path / "copy", symlinks=True, copy_function=shutil.copyfile)
     warnings: list[str] = []
