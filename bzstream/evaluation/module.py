@@ -101,6 +101,10 @@ def _transformers_module(config: Mapping[str, Any], dtype: torch.dtype, device: 
     with device, no_init_weights():
         module: Any = kinds[0]._from_config(settings, dtype=dtype)  # type: ignore[attr-defined]
     module.tie_weights()
+    # Grouped matrix products, transformers' default, want rows that are multiples of 16 bytes.
+    experts = [p for name, p in module.named_parameters() if ".experts." in name and p.dim() == 3]
+    if any(size * p.element_size() % 16 for p in experts for size in p.shape[1:]):
+        module.set_experts_implementation("eager")
     assert isinstance(module, torch.nn.Module)
     return module
 

@@ -248,7 +248,10 @@ class ResidentModel:
 
     @contextmanager
     def wearing(self, staged: Staged) -> Iterator[None]:
-        """The model with the submission's experts inside the block, and the baseline's before and after it."""
+        """The model with the submission's experts inside the block, and the baseline's before and after it.
+
+        When the block raises, what was staged is spent: its buffer may hold either side's bytes.
+        """
         if not self.sound:
             raise Failure("internal_error", "the model is not the baseline; load it again")
         pieces = self.pieces(staged.group)
