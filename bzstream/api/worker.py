@@ -81,7 +81,7 @@ async def _every(seconds: float, step: Callable[[], Awaitable[None]]) -> None:
 
 
 async def _refresh_library(view: View) -> None:
-    if view.library.refresh():
+    if view.library.take(await asyncio.to_thread(view.library.look)):
         current = view.library.current
         if current is not None:
             SNAPSHOT_BLOCK.set(current.block)

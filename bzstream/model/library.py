@@ -36,7 +36,7 @@ from bzstream.model.record import (
 from bzstream.model.store import Store
 from bzstream.payload import Extent, Payload, UnitFile
 
-__all__ = ["Library", "Snapshot", "Unit", "open_snapshot"]
+__all__ = ["Library", "News", "Snapshot", "Unit", "open_snapshot"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +160,16 @@ def open_snapshot(folder: Path) -> Snapshot:
     return Snapshot(record, units, tuple(file for file in files if file is not None), tuple(suspects))
 
 
+@dataclass(frozen=True, slots=True)
+class News:
+    """What `Library.look` found: the version that is current, every version's stamp, and what was opened."""
+
+    wanted: str | None
+    stamps: Mapping[str, tuple[int, int]]
+    opened: Mapping[str, Snapshot | None]
+    """None: unusable for good."""
+
+
 class Library:
     """The snapshots of a store, as one worker sees them. Not thread-safe: for the worker's event loop."""
 
@@ -179,24 +189,43 @@ class Library:
         Cheap when nothing did (a few system calls). A new snapshot that cannot be read is reported once, and the
         current one stays.
         """
+        return self.take(self.look())
+
+    def look(self) -> News:
+        """The first half of `refresh`, on any thread: see what the store has, and open what is new.
+
+        Opening the mission's model takes some 50 ms, which no event loop has. Changes nothing that `get` and `current`
+        answer from. One call at a time, and each result goes to `take`.
+        """
         wanted = self._store.current()
         stamps = {version: stamp for version in self._store.versions() if (stamp := self._stamp(version))}
-        changed = False
+        opened: dict[str, Snapshot | None] = {}
         for version, stamp in stamps.items():
             if self._stamps.get(version) != stamp:
-                opened = self._open(version)
-                changed |= bool(opened)
-                if opened is not None:
-                    self._stamps[version] = stamp
+                try:
+                    opened[version] = self._open(version)
+                except OSError as error:  # may be tried again: no stamp is kept
+                    self._report(version, str(error))
+        return News(wanted, stamps, opened)
+
+    def take(self, news: News) -> bool:
+        """The second half of `refresh`, for whoever owns the library: put in place what `look` found."""
+        changed = False
+        for version, snapshot in news.opened.items():
+            self._stamps[version] = news.stamps[version]
+            if snapshot is not None:
+                self._put(version, snapshot)
+                changed = True
+        wanted = news.wanted
         if wanted is not None and wanted in self._snapshots and self._snapshots[wanted] is not self.current:
             self.current = self._snapshots[wanted]
             changed = True
-        for version in self._snapshots.keys() - stamps.keys():
+        for version in self._snapshots.keys() - news.stamps.keys():
             # The last good snapshot outlives its folder for as long as nothing readable has taken its place.
             if self._snapshots[version] is not self.current:
                 self._snapshots.pop(version).release()
                 changed = True
-        self._stamps = {version: stamp for version, stamp in self._stamps.items() if version in stamps}
+        self._stamps = {version: stamp for version, stamp in self._stamps.items() if version in news.stamps}
         return changed
 
     def get(self, version: str) -> Snapshot | None:
@@ -233,15 +262,20 @@ class Library:
             return None
         return status.st_ino, status.st_mtime_ns
 
-    def _open(self, version: str) -> bool | None:
-        """Open a version; False if it is unusable, None if it may be tried again."""
+    def _open(self, version: str) -> Snapshot | None:
+        """Open a version; None if it is unusable. Raises OSError if it may be tried again."""
         try:
-            snapshot = open_snapshot(self._store.folder(version))
-        except (StoreDamaged, OSError) as error:
-            if self._stamp(version) is not None and str(error) not in self._reported:  # else it was deleted meanwhile
-                self._reported.add(str(error))
-                self._warn(str(error))
-            return None if isinstance(error, OSError) else False
+            return open_snapshot(self._store.folder(version))
+        except StoreDamaged as error:
+            self._report(version, str(error))
+            return None
+
+    def _report(self, version: str, problem: str) -> None:
+        if self._stamp(version) is not None and problem not in self._reported:  # else it was deleted meanwhile
+            self._reported.add(problem)
+            self._warn(problem)
+
+    def _put(self, version: str, snapshot: Snapshot) -> None:
         if snapshot.suspects:
             self._warn(
                 f"{len(snapshot.suspects)} files of version {version} have another modification time than when they "
@@ -254,7 +288,6 @@ class Library:
             if old is self.current:
                 self.current = snapshot
             old.release()
-        return True
 
 
 class Recheck:
