@@ -194,7 +194,7 @@ class Library:
     def look(self) -> News:
         """The first half of `refresh`, on any thread: see what the store has, and open what is new.
 
-        Opening the mission's model takes some 50 ms, which no event loop has. Changes nothing that `get` and `current`
+        Opening a snapshot as finely cut as the mission's (12,290 parts) took 20 ms, as long as the loop may stall at all. Changes nothing that `get` and `current`
         answer from. One call at a time, and each result goes to `take`.
         """
         wanted = self._store.current()
