@@ -7,7 +7,6 @@ its threads are gone before the cancellation goes on: no file is written after t
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 from collections.abc import Callable
@@ -26,6 +25,8 @@ T = TypeVar("T")
 def _awaitable(call: Callable[P, T], name: str) -> Callable[P, Any]:
     @functools.wraps(call)
     async def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        import asyncio  # 20 ms that a command without a loop need not pay
+
         opened: list[Session] = []
         cancelled = False
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -110,6 +109,8 @@ def matching_chunks(fd: int, manifest: Manifest, candidates: Sequence[int], seen
 
 def hash_chunks(fd: int, ranges: Sequence[tuple[int, int]], seen: Callable[[int], None]) -> list[bytes]:
     """BLAKE3 of each (offset, length) of a file, over a few threads; b"" where the file is too short."""
+    from concurrent.futures import ThreadPoolExecutor  # 10 ms that a first pull need not pay
+
     piece = 1 << 20
 
     def digest(span: tuple[int, int]) -> bytes:

@@ -227,7 +227,9 @@ class Transfer:
             trouble = work.last_trouble
         if now - max(quiet_since, min(resume, now)) > self._tuning.patience_s:
             why = f" ({trouble})" if trouble is not None else ""
-            raise Passing(f"next to nothing came for {self._tuning.patience_s:g} s{why}; the same call goes on from here")
+            raise Passing(
+                f"next to nothing came for {self._tuning.patience_s:g} s{why}; the same call goes on from here"
+            )
 
     def _cut_off_stuck(self, now: float) -> None:
         """While others have nothing to do, a lane that receives nothing is cut off, so that they can have its work."""

@@ -1,0 +1,388 @@
+"""The client beside aria2c, curl and a bare recv_into loop: to disk, into tensors, over a wide-area link.
+
+    python -m bench.pull [--quick] [--json FILE] [--only disk,tensors,wan,memory]
+
+All fetch the same slice from the same node, turn by turn, and the median of the turns counts. To disk the clock runs
+until the file is durable: bzstream syncs by itself, the others are followed by `sync FILE`, and the disk is quiet
+before each. bzstream is run as the command, so that its start is in the figure. Every result is compared with the
+published hash once. The tensors' peer receives over as many connections into memory of the same kind, as fresh, and
+checks nothing. The link: network namespaces, 80 ms round trip, 0.1% loss each way, 1 Gbit/s, the server on cubic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import secrets
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bench.native import MissingPeer
+from bench.node import BLOCK, publish_slices
+from bench.rows import row_of
+from bench.wan import wide_area
+
+__all__ = ["run"]
+
+HOTKEY = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
+TOKEN = secrets.token_hex(32)
+MIB = 1024 * 1024
+PARTS = ("disk", "tensors", "wan", "memory")
+ROUND_TRIP_MS, LOSS, BITS = 80.0, 0.001, 1e9
+
+
+def run(quick: bool = False, only: Sequence[str] = PARTS) -> dict[str, Any]:
+    """Rows, notes and what was missing, as `bench.rows.read_outcome` takes them."""
+    size = 512 * MIB if quick else 2048 * MIB
+    rounds = 2 if quick else 5
+    rows: list[dict[str, Any]] = []
+    missing: list[str] = []
+    notes: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="bzstream-bench-") as temporary:
+        work = Path(temporary)
+        publish_slices(work / "store", groups=1, slice_bytes=size)
+        if set(only) & {"disk", "tensors", "memory"}:
+            with node(work) as url:
+                fetch = Fetch(url, work)
+                if "disk" in only:
+                    rows += to_disk(fetch, rounds, missing)
+                if "tensors" in only:
+                    rows += to_tensors(fetch, rounds)
+                if "memory" in only:
+                    rows += peak_memory(fetch)
+        if "wan" in only:
+            shutil.rmtree(work / "store")
+            publish_slices(work / "store", groups=1, slice_bytes=size // 8)
+            try:
+                rows += over_wan(work, 1 if quick else 3, missing, notes)
+            except MissingPeer as error:
+                missing.append(f"wide-area link: {error}")
+    return {"rows": rows, "missing": missing, "notes": "; ".join(notes)}
+
+
+@contextmanager
+def node(work: Path, host: str = "127.0.0.1", before: Sequence[str] = ()) -> Iterator[str]:
+    """`bzstream serve` on the bench's store, run after the words in `before`; its URL."""
+    (work / "chain.json").write_text(
+        json.dumps({"block": BLOCK, "block_seconds": 0, "validators": [], "miners": None}), encoding="utf-8"
+    )
+    command = [
+        *before, sys.executable, "-m", "bzstream", "serve", "--store", str(work / "store"), "--host", host,
+        "--port", "8123", "--chain-file", str(work / "chain.json"), "--no-evaluator",
+    ]  # fmt: skip
+    with (work / "node.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment(BZ_LOG_LEVEL="error"), stdout=log, stderr=log)
+    url = f"http://{host}:8123"
+    probe = [*before, "curl", "-fs", "-o", "/dev/null", f"{url}/health"]
+    try:
+        deadline = time.monotonic() + 30
+        while subprocess.run(probe, check=False).returncode != 0:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError("the node does not start: " + (work / "node.log").read_text(errors="replace")[-500:])
+            time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def environment(**more: str) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("BZ_")}
+    return {**clean, "BZ_AUTH_TOKEN": TOKEN, **more}
+
+
+class Fetch:
+    """The commands that fetch the slice of group 0, run after the words in `before`."""
+
+    def __init__(self, url: str, work: Path, before: Sequence[str] = ()) -> None:
+        self.url = url
+        self.work = work
+        self.before = list(before)
+        self.payload = next(iter((work / "store").glob("current/group-0.safetensors")))
+        self.size = self.payload.stat().st_size
+        self._hash = ""
+        self._checked: set[str] = set()
+
+    def _headers(self, flag: str) -> list[str]:
+        values = (f"Authorization: Bearer {TOKEN}", f"X-Hotkey: {HOTKEY}", "X-Expert-Group: 0")
+        return [word for value in values for word in (flag, value)]
+
+    def _slice(self) -> str:
+        return f"{self.url}/model/partial?format=safetensors"
+
+    def bzstream(self, verify: str) -> Figures:
+        out = self.work / "out"
+        return self._timed(
+            f"bzstream {verify}",
+            out / "group-0.safetensors",
+            [sys.executable, "-m", "bzstream", "pull", self.url, "--group", "0", "--hotkey", HOTKEY, "--out", str(out),
+             "--verify", verify],
+        )  # fmt: skip
+
+    def aria2c(self) -> Figures:
+        file = self.work / "out" / "aria2c.bin"
+        return self._timed(
+            "aria2c", file,
+            ["aria2c", "-q", "-x16", "-s16", "-k1M", "--auto-file-renaming=false", "-d", str(file.parent),
+             "-o", file.name, *self._headers("--header"), self._slice()],
+            sync=True,
+        )  # fmt: skip
+
+    def curl(self) -> Figures:
+        file = self.work / "out" / "curl.bin"
+        return self._timed(
+            "curl", file, ["curl", "-fsS", "-o", str(file), *self._headers("-H"), self._slice()], sync=True
+        )
+
+    def _timed(self, name: str, file: Path, command: list[str], *, sync: bool = False) -> Figures:
+        shutil.rmtree(file.parent, ignore_errors=True)
+        file.parent.mkdir()
+        os.sync()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        began = time.perf_counter()
+        done = subprocess.run(self.before + command, env=environment(), capture_output=True, text=True, check=False)
+        if sync:
+            subprocess.run(["sync", str(file)], check=True)
+        seconds = time.perf_counter() - began
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        if done.returncode != 0:
+            raise RuntimeError(f"{name} failed: {(done.stderr or done.stdout)[-300:]}")
+        self._check(name, file)
+        shutil.rmtree(file.parent)
+        return Figures(seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+    def _check(self, name: str, file: Path) -> None:
+        """The size each time, the hash the first time."""
+        if file.stat().st_size != self.size:
+            raise RuntimeError(f"{name} wrote {file.stat().st_size} bytes of {self.size}")
+        if name not in self._checked:
+            self._checked.add(name)
+            self._hash = self._hash or sha256(self.payload)
+            if sha256(file) != self._hash:
+                raise RuntimeError(f"{name} wrote other bytes than were published")
+
+
+class Figures:
+    """One run: wall and CPU seconds of the client."""
+
+    def __init__(self, seconds: float, cpu: float) -> None:
+        self.seconds = seconds
+        self.cpu = cpu
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def turns(rounds: int, subjects: dict[str, Callable[[], Figures]]) -> dict[str, list[Figures]]:
+    """Every subject once a round, in the same order; one round before does not count."""
+    for subject in subjects.values():
+        subject()
+    found: dict[str, list[Figures]] = {name: [] for name in subjects}
+    for _ in range(rounds):
+        for name, subject in subjects.items():
+            found[name].append(subject())
+    return found
+
+
+def peers(missing: list[str], fetch: Fetch) -> dict[str, Callable[[], Figures]]:
+    found: dict[str, Callable[[], Figures]] = {}
+    for name, call in (("aria2c", fetch.aria2c), ("curl", fetch.curl)):
+        if shutil.which(name):
+            found[name] = call
+        elif f"{name} is not here" not in missing:
+            missing.append(f"{name} is not here")
+    return found
+
+
+def compare(
+    label: str, size: int, found: dict[str, list[Figures]], targets: dict[tuple[str, str], str]
+) -> list[dict[str, Any]]:
+    """Speed rows of all, with a row for each (subject, peer) that has a target, and CPU rows."""
+    median = {name: statistics.median(run.seconds for run in runs) for name, runs in found.items()}
+    rows = []
+    for name, runs in found.items():
+        speeds = [size / run.seconds / 1e9 for run in runs]
+        against = [(peer, target) for (subject, peer), target in targets.items() if subject == name and peer in found]
+        for peer, target in against or [("", "")]:
+            ratio = median[peer] / median[name] if peer else None
+            rows.append(row_of(label, "GB/s", speeds, subject=name, peer=peer, ratio=ratio, target=target))
+    for name, runs in found.items():
+        rows.append(row_of(f"{label}: CPU", "s/GB", [run.cpu / size * 1e9 for run in runs], subject=name))
+    return rows
+
+
+def to_disk(fetch: Fetch, rounds: int, missing: list[str]) -> list[dict[str, Any]]:
+    subjects: dict[str, Callable[[], Figures]] = {
+        "bzstream blake3": lambda: fetch.bzstream("blake3"),
+        "bzstream sha256": lambda: fetch.bzstream("sha256"),
+        **peers(missing, fetch),
+    }
+    targets = {
+        (f"bzstream {v}", p): t for v, t in (("blake3", ">= 2.5"), ("sha256", ">= 1")) for p in ("aria2c", "curl")
+    }
+    return compare("pull to disk", fetch.size, turns(rounds, subjects), targets)
+
+
+def over_wan(work: Path, rounds: int, missing: list[str], notes: list[str]) -> list[dict[str, Any]]:
+    with (
+        wide_area(round_trip_ms=ROUND_TRIP_MS, loss=LOSS, bits_per_second=BITS) as link,
+        node(work, link.address, link.server) as url,
+    ):
+        notes.append(f"wide-area link: {link.how}")
+        fetch = Fetch(url, work, link.client)
+        subjects: dict[str, Callable[[], Figures]] = {
+            "bzstream sha256": lambda: fetch.bzstream("sha256"), **peers(missing, fetch)
+        }  # fmt: skip
+        targets = {("bzstream sha256", "aria2c"): ">= 0.9", ("bzstream sha256", "curl"): ">= 2"}
+        return compare("pull over a wide-area link", fetch.size, turns(rounds, subjects), targets)
+
+
+def to_tensors(fetch: Fetch, rounds: int) -> list[dict[str, Any]]:
+    def bare() -> Figures:
+        return inner(fetch, "bare")[0]
+
+    def tensors() -> Figures:
+        return inner(fetch, "tensors")[0]
+
+    found = turns(rounds, {"bzstream blake3": tensors, "bare recv_into": bare})
+    return compare("fetch_tensors", fetch.size, found, {("bzstream blake3", "bare recv_into"): ">= 0.8"})
+
+
+def peak_memory(fetch: Fetch) -> list[dict[str, Any]]:
+    """Peak resident memory of a process that does nothing else."""
+    rows = []
+    for what, name, over in (
+        ("pull", "peak memory of a pull", 0),
+        ("tensors", "peak memory of fetch_tensors beyond its payload", fetch.size),
+    ):
+        _, peak = inner(fetch, what)
+        rows.append(row_of(name, "MiB", [(peak - over) / MIB], target="< 200"))
+    return rows
+
+
+def inner(fetch: Fetch, what: str) -> tuple[Figures, int]:
+    """Run one of `INNER` in a process of its own: its figures without start-up, its peak memory in bytes."""
+    command = [sys.executable, "-m", "bench.pull", "--inner", what, fetch.url, str(fetch.work / "inner")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{what} failed: {done.stderr[-500:]}")
+    found = json.loads(done.stdout)
+    return Figures(found["seconds"], found["cpu"]), found["peak"]
+
+
+def inner_tensors(url: str, folder: Path) -> None:
+    import bzstream
+
+    bzstream.fetch_tensors(url, 0, hotkey=HOTKEY)
+
+
+def inner_pull(url: str, folder: Path) -> None:
+    import bzstream
+
+    bzstream.pull(url, out=folder, groups=[0], hotkey=HOTKEY)
+    shutil.rmtree(folder)
+
+
+def inner_bare(url: str, folder: Path) -> None:
+    """Fill fresh memory of the same kind over as many connections; nothing is checked but the number of bytes."""
+    import mmap
+    import socket
+    import threading
+
+    from bzstream.client import Tuning
+
+    host, port = url.removeprefix("http://").split(":")
+    fields = f"Host: {host}\r\nAuthorization: Bearer {TOKEN}\r\nX-Hotkey: {HOTKEY}\r\nX-Expert-Group: 0\r\n"
+    path = "/model/partial?format=safetensors"
+
+    def ask(sock: socket.socket, method: str, more: str = "") -> bytes:
+        sock.sendall(f"{method} {path} HTTP/1.1\r\n{fields}{more}\r\n".encode())
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            head += sock.recv(1)
+        return head.lower()
+
+    with socket.create_connection((host, int(port))) as sock:
+        size = int(ask(sock, "HEAD").split(b"content-length: ")[1].split(b"\r\n")[0])
+    area = mmap.mmap(-1, size)
+    area.madvise(mmap.MADV_HUGEPAGE)
+    memory = memoryview(area)
+    lanes = Tuning().near_lanes
+    filled = [0] * lanes
+
+    def lane(number: int) -> None:
+        begin, end = size * number // lanes, size * (number + 1) // lanes
+        with socket.create_connection((host, int(port))) as sock:
+            ask(sock, "GET", f"Range: bytes={begin}-{end - 1}\r\n")
+            while begin < end:
+                count = sock.recv_into(memory[begin:end])
+                filled[number] += count
+                begin += count
+
+    threads = [threading.Thread(target=lane, args=(number,)) for number in range(lanes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if sum(filled) != size:
+        raise RuntimeError("the bare loop did not get everything")
+
+
+INNER = {"tensors": inner_tensors, "pull": inner_pull, "bare": inner_bare}
+
+
+def main_inner(what: str, url: str, folder: str) -> None:
+    global TOKEN
+    TOKEN = os.environ["BZ_AUTH_TOKEN"]
+    import bzstream.client  # its import is not what is measured
+
+    assert bzstream.client
+    began = time.perf_counter()
+    INNER[what](url, Path(folder))
+    seconds = time.perf_counter() - began
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    # Not ru_maxrss: a child inherits that of the process that started it.
+    peak = int(Path("/proc/self/status").read_text(encoding="ascii").partition("VmHWM:")[2].split()[0]) * 1024
+    print(json.dumps({"seconds": seconds, "cpu": used.ru_utime + used.ru_stime, "peak": peak}))
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--inner"]:
+        main_inner(*sys.argv[2:5])
+        return
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="512 MiB and fewer rounds")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas")
+    options = parser.parse_args()
+    result = run(options.quick, options.only.split(","))
+    for row in result["rows"]:
+        ratio = f"{row['ratio']:6.2f} x {row['peer']:15}" if row["ratio"] is not None else " " * 24
+        verdict = {True: "met", False: "NOT MET", None: ""}[row["met"]] if row["target"] else ""
+        spread = f"({row['low']:.3g}-{row['high']:.3g})" if row["low"] is not None else ""
+        print(
+            f"{row['name']:48} {row['subject']:16} {row['median']:9.3f} {row['unit']:5} {spread:16} {ratio} "
+            f"{row['target']:8} {verdict}"
+        )
+    for line in (*result["missing"], result["notes"]):
+        if line:
+            print(line)
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
