@@ -9,6 +9,7 @@ from bzstream.http.messages import Endpoint, Fields, Headers, HttpError, Represe
 from bzstream.http.observer import Application, Observer, RequestRecord, SilentObserver
 from bzstream.http.router import Router
 from bzstream.http.server import Server, raise_descriptor_limit
+from bzstream.http.tls import TlsError
 
 __all__ = [
     "Application",
@@ -25,5 +26,6 @@ __all__ = [
     "Router",
     "Server",
     "SilentObserver",
+    "TlsError",
     "raise_descriptor_limit",
 ]

@@ -1,10 +1,9 @@
 """Cold pages keep nobody waiting but their own download.
 
 sendfile of a page that is not in the page cache waits for the disk, and with it a sending thread and every download
-that this thread could serve. So the sender asks `resident` first, about 2 µs a MiB: cachestat(2) (Linux 6.5) counts the
+that this thread could serve. So the sender asks `resident` first, about 1 µs a MiB: cachestat(2) (Linux 6.5) counts the
 cached pages of a range in one call; on older kernels, and where it is not permitted, a one-byte preadv2 with RWF_NOWAIT
-at every 64 KiB stands in for it. Pages still being read count as cached, so the last byte is always probed by
-RWF_NOWAIT, which refuses those.
+at every 64 KiB stands in for it.
 
 A miss goes to a few threads. They read a window of the file into the page cache without copying it anywhere, by
 sendfile to /dev/null (7 µs a MiB when warm), and start the disk on the window after it. Downloads that wait for the
@@ -17,7 +16,8 @@ import asyncio
 import ctypes
 import mmap
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
@@ -29,6 +29,8 @@ WINDOW = 4 * 1024 * 1024
 """Bytes of one read-ahead: long enough for a disk's full speed, short enough that 256 downloads need 1 GiB of cache."""
 
 _THREADS = 4
+_SETTLE_S = 5.0
+"""For so long after a read-ahead began, pages that it set the disk to work on may still be on their way."""
 _PROBE = 64 * 1024
 _CACHESTAT = 451
 """System call number, the same on every architecture."""
@@ -44,7 +46,8 @@ class _Cachestat(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint64) for name in ("cached", "dirty", "writeback", "evicted", "recently"))
 
 
-_libc = ctypes.CDLL(None, use_errno=True)
+# PyDLL keeps the interpreter's lock during the call: it takes a microsecond, giving the lock away and back takes more.
+_libc = ctypes.PyDLL(None)
 _libc.syscall.restype = ctypes.c_long
 _libc.syscall.argtypes = (ctypes.c_long, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
 
@@ -52,27 +55,30 @@ _libc.syscall.argtypes = (ctypes.c_long, ctypes.c_uint, ctypes.c_void_p, ctypes.
 class Residency:
     """Asks the kernel what is cached; one for each thread that asks, because it keeps the call's memory."""
 
-    __slots__ = ("_at", "_byte", "_range", "_stat")
+    __slots__ = ("_at", "_byte", "_range", "_settling", "_stat")
 
-    def __init__(self) -> None:
+    def __init__(self, settling: Mapping[UnitFile, float]) -> None:
+        """`settling`: files that the disk is at work on, and until when (monotonic) that is to be reckoned with."""
+        self._settling = settling
         self._range, self._stat = _CachestatRange(), _Cachestat()
         self._at = (ctypes.addressof(self._range), ctypes.addressof(self._stat))
         self._byte = [bytearray(1)]
 
-    def resident(self, fd: int, offset: int, length: int) -> bool:
+    def resident(self, file: UnitFile, offset: int, length: int) -> bool:
         """Whether bytes [offset, offset + length) of a file, length > 0, can be read without waiting for the disk.
 
         What lies beyond the file's end counts as resident: reading there returns at once.
         """
-        page = mmap.PAGESIZE
+        page, fd = mmap.PAGESIZE, file.fd
         first, last = offset // page, (offset + length - 1) // page
         self._range.offset, self._range.length = first * page, (last - first + 1) * page
         if _libc.syscall(_CACHESTAT, fd, *self._at, 0) == 0:
             if self._stat.cached < last - first + 1:
                 return os.fstat(fd).st_size < offset + length
-        elif not all(self._readable(fd, at) for at in range(offset, offset + length, _PROBE)):
-            return False
-        return self._readable(fd, offset + length - 1)
+            # Pages on their way from the disk count as cached. They are there only where a read-ahead put them.
+            settled = self._settling.get(file, 0.0) < time.monotonic()
+            return settled or self._readable(fd, offset + length - 1)
+        return all(self._readable(fd, at) for at in (*range(offset, offset + length, _PROBE), offset + length - 1))
 
     def _readable(self, fd: int, offset: int) -> bool:
         try:
@@ -87,13 +93,15 @@ class Residency:
 class ReadAhead:
     """Brings windows of files into the page cache on a few threads and calls the waiters back on the loop."""
 
-    __slots__ = ("_loop", "_null", "_pool", "_waiting")
+    __slots__ = ("_loop", "_null", "_pool", "_waiting", "settling")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="read-ahead")
         self._null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         self._waiting: dict[tuple[UnitFile, int], list[Waiter]] = {}
+        self.settling: dict[UnitFile, float] = {}
+        """Files that the disk is, or was a moment ago, at work on, and until when that is reckoned with."""
 
     def fetch(self, file: UnitFile, offset: int, waiter: Waiter) -> int:
         """Bring in the window that holds `offset`, then call `waiter` once on the loop, also when reading failed.
@@ -106,6 +114,7 @@ class ReadAhead:
             waiters.append(waiter)
             return start + WINDOW
         self._waiting[file, start] = [waiter]
+        self.settling[file] = time.monotonic() + _SETTLE_S
         file.retain()
         future = self._pool.submit(_bring_in, self._null, file.fd, start)
         future.add_done_callback(partial(self._from_thread, file, start))
@@ -115,6 +124,8 @@ class ReadAhead:
         self._loop.call_soon_threadsafe(self._done, file, start)
 
     def _done(self, file: UnitFile, start: int) -> None:
+        for old in [other for other, until in self.settling.items() if until < time.monotonic()]:
+            del self.settling[old]
         file.release()
         for waiter in self._waiting.pop((file, start)):
             waiter()

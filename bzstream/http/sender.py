@@ -152,7 +152,7 @@ class Transfer:
                 count = min(length, limit - self.taken)
                 if self.position < self._assured:
                     count = min(count, self._assured - self.position)
-                elif not residency.resident(file.fd, offset, count):
+                elif not residency.resident(file, offset, count):
                     self.wanted = part
                     return TransferState.COLD
                 moved = self._link.sendfile(file.fd, offset, count)
@@ -268,7 +268,7 @@ class Sender:
     # In the threads.
 
     def _work(self) -> None:
-        residency, picks = Residency(), 0
+        residency, picks = Residency(self._readahead.settling), 0
         while not self._closed:
             picks += 1
             if picks % _PICKS_PER_POLL == 0 and self._blocked:

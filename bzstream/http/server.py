@@ -29,6 +29,7 @@ from bzstream.http.observer import Application, Observer
 from bzstream.http.peers import TrustedProxies, caller_of, plain_address
 from bzstream.http.readahead import ReadAhead
 from bzstream.http.sender import Sender
+from bzstream.http.tls import Certificate, TlsLink
 from bzstream.http.wheel import Wheel
 
 __all__ = ["Server", "raise_descriptor_limit"]
@@ -73,7 +74,10 @@ class Server:
         loop: asyncio.AbstractEventLoop | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Raises ValueError for `trusted_proxies` that are no networks. Without `loop`: the running one."""
+        """Without `loop`: the running one.
+
+        Raises ValueError for `trusted_proxies` that are no networks, TlsError for a certificate that cannot be used.
+        """
         # What connections use.
         self.settings = settings
         self.application = application
@@ -81,6 +85,9 @@ class Server:
         self.clock = clock
         self.proxies = TrustedProxies(settings.trusted_proxies)
         self.draining = False
+        self._certificate: Certificate | None = None
+        if settings.tls_cert is not None or settings.tls_key is not None:
+            self._certificate = Certificate(settings.tls_cert or "", settings.tls_key or "")
         shortest = min(
             settings.head_timeout_s,
             settings.body_timeout_s,
@@ -298,15 +305,26 @@ class Server:
         # Answers are written whole, heads joined to bodies by MSG_MORE: there is nothing for Nagle to gather.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         fd = sock.fileno()
-        self._epoll.register(fd, _EVENTS)
-        connection = Connection(self, self._link(sock), fd, address, ip_address(address).is_loopback)
+        link = self._link(sock)
+        try:
+            self._epoll.register(fd, _EVENTS)
+        except OSError:
+            link.close(reset=False)
+            return
+        connection = Connection(self, link, fd, address, ip_address(address).is_loopback)
         connection.surplus = len(self._connections) >= self.settings.max_connections
         self._connections[fd] = connection
         if address not in self.proxies:
             self._take_seat(connection, caller_of(address))
 
     def _link(self, sock: socket.socket) -> Link:
-        return PlainLink(sock)
+        if self._certificate is None:
+            return PlainLink(sock)
+        context = self._certificate.context()
+        if (problem := self._certificate.problem) is not None:
+            self._certificate.problem = None
+            self.observer.on_error(problem, None)
+        return TlsLink(sock, context)
 
     def _take_seat(self, connection: Connection, caller: str) -> bool:
         if connection.seat == caller:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import random
@@ -16,6 +17,7 @@ import pytest
 
 from bzstream.http import readahead
 from bzstream.http.readahead import Residency
+from bzstream.payload import UnitFile
 from tests.http.support import AUTH, Running, no_descriptor_leak, wait_until
 
 Serve = Callable[..., Running]
@@ -171,23 +173,23 @@ def test_what_is_resident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache
     path = tmp_path / "unit"
     path.write_bytes(os.urandom(4 << 20))
     evict(path)
-    fd = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    file = UnitFile(path)
+    os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_RANDOM)
+    probe = Residency({file: math.inf})
     try:
-        probe = Residency()
-        if probe.resident(fd, 0, 1):
+        if probe.resident(file, 0, 1):
             pytest.skip("this file system does not let its pages go")
-        assert not probe.resident(fd, 1 << 20, 1 << 20)
-        os.pread(fd, 1 << 20, 1 << 20)
-        assert probe.resident(fd, 1 << 20, 1 << 20)
-        assert probe.resident(fd, (1 << 20) + 5, 1)
-        assert not probe.resident(fd, 1 << 20, 3 << 20)
-        os.pread(fd, 4 << 20, 0)
-        assert probe.resident(fd, 0, 4 << 20)
-        assert probe.resident(fd, (4 << 20) - 1, 5), "what lies beyond the end is not waited for"
-        assert probe.resident(fd, 5 << 20, mmap.PAGESIZE)
+        assert not probe.resident(file, 1 << 20, 1 << 20)
+        os.pread(file.fd, 1 << 20, 1 << 20)
+        assert probe.resident(file, 1 << 20, 1 << 20)
+        assert probe.resident(file, (1 << 20) + 5, 1)
+        assert not probe.resident(file, 1 << 20, 3 << 20)
+        os.pread(file.fd, 4 << 20, 0)
+        assert probe.resident(file, 0, 4 << 20)
+        assert probe.resident(file, (4 << 20) - 1, 5), "what lies beyond the end is not waited for"
+        assert probe.resident(file, 5 << 20, mmap.PAGESIZE)
     finally:
-        os.close(fd)
+        file.release()
 
 
 def test_a_cold_file_is_sent_exactly(serve: Serve, tmp_path: Path) -> None:
