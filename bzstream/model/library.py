@@ -195,7 +195,8 @@ class Library:
         """The first half of `refresh`, on any thread: see what the store has, and open what is new.
 
         Opening a snapshot as finely cut as the mission's (12,290 parts) took 20 ms, as long as the event loop may
-        stall at all. Changes nothing that `get` and `current` answer from. One call at a time, and each result goes to `take`.
+        stall at all. Changes nothing that `get` and `current` answer from. One call at a time, and each result goes
+        to `take`.
         """
         wanted = self._store.current()
         stamps = {version: stamp for version in self._store.versions() if (stamp := self._stamp(version))}
