@@ -136,12 +136,12 @@ class Transfer:
         Raises OSError when the link is gone or the disk fails, Damaged when a file was cut.
         """
         limit = self.taken + allowance
-        if self._lead:
+        while self._lead:
             sent = self._link.send(self._lead, self.position < self._length)
+            if not sent:
+                return TransferState.BLOCKED
             self.taken += sent
             self._lead = self._lead[sent:]
-            if self._lead:
-                return TransferState.BLOCKED
         while self.position < self._length:
             if self.taken >= limit:
                 return TransferState.READY
