@@ -9,7 +9,8 @@ no secret (its environment is empty) and gives up, before it looks at the first 
   make a socket, start a program or a process: those calls return EPERM.
 
 The answer crosses a socket pair as one JSON line, and the parent believes only what it can check: dtypes out of the
-allowed ones, byte ranges inside the file. A process costs 0.1 s to start, so the next one is started ahead and waits.
+allowed ones, byte ranges inside the file. A process costs 0.1 s to start, so `warm_up` starts the next one ahead,
+while its file is still being fetched.
 
 seccomp is Linux on x86-64 and arm64; elsewhere, or where the kernel refuses, the limits alone hold, and
 `Reader.confinement` says which.
@@ -103,12 +104,15 @@ class Reader:
                 answer = b""
             return self._judge(answer, child, size, wanted)
         finally:
-            child.close()
             with self._lock:
                 self._busy.discard(child)
+                if self._closed:
+                    child.close()
+                else:
+                    self._starter.submit(child.close)  # the kernel takes its time over a process: not on our path
 
     def warm_up(self) -> None:
-        """Start the next file's process now, so that it is ready when the file is."""
+        """A file will come soon: start its process now, so that it is ready when the file is. Does not wait."""
         with self._lock:
             if self._warm is None and not self._closed:
                 self._warm = self._starter.submit(_Child)
@@ -133,7 +137,6 @@ class Reader:
         child = future.result()
         with self._lock:
             self._busy.add(child)
-        self.warm_up()
         return child
 
     def _answer(self, child: _Child, deadline: float) -> bytes:

@@ -22,6 +22,8 @@ __all__ = ["CHUNK", "fill", "layout", "memory_of"]
 
 CHUNK = 32 * 1024 * 1024
 """Bytes moved at a time: large enough for full bandwidth, small against a slice."""
+_HOT = 1024 * 1024
+"""Bytes read and then hashed while they are still in the cache."""
 _ALIGN = 256
 """Alignment of each tensor in a staging buffer, enough for every vector load."""
 
@@ -48,8 +50,8 @@ def fill(fd: int, stored: Sequence[Stored], wanted: Sequence[Wanted], starts: Se
     for source, aim, start in zip(stored, wanted, starts, strict=True):
         here = memory[start : start + aim.nbytes]
         if source.dtype == aim.dtype:
-            for at in range(0, aim.nbytes, CHUNK):
-                piece = here[at : at + CHUNK]
+            for at in range(0, aim.nbytes, _HOT):
+                piece = here[at : at + _HOT]
                 _read(fd, source.offset + at, piece)
                 hasher.update(piece)
             continue

@@ -95,6 +95,7 @@ class Tools:
             connections=settings.fetch_connections,
             attempts=settings.fetch_attempts,
         )
+        self.reader.warm_up()
         draft = spool.draft(work.id)
         found = fetch(record.checkpoint_url, draft, limits, self.dialer, cancelled=work.cancelled, reserve=reserve)
         spool.keep(work.id)
