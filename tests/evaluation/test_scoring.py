@@ -1,0 +1,407 @@
+"""The arithmetic that every validator must agree on."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bzstream.evaluation.codes import FAILED, REJECTED, EvaluationError
+from bzstream.evaluation.data import Tokens, load_tokens
+from bzstream.evaluation.judge import Judge
+from bzstream.evaluation.ptfile import Stored
+from bzstream.evaluation.records import Evaluation, Records
+from bzstream.evaluation.repeating import compare
+from bzstream.evaluation.scoring import (
+    Fingerprint,
+    choose_windows,
+    copies,
+    mean_loss,
+    pack_sketch,
+    score,
+    unpack_sketch,
+)
+from bzstream.evaluation.spool import Spool
+from tests.evaluation.conftest import SEED, Toy
+
+# ---- Windows --------------------------------------------------------------------------------------------------------
+
+
+def test_the_windows_are_what_the_documentation_says() -> None:
+    """Written out from the module's text alone: whoever implements it again gets the same ones."""
+    import hashlib
+
+    seed, tokens, count, length = "ab" * 32, 10_007, 20, 16
+    left = list(range(tokens // length))
+    expected = []
+    for i in range(count):
+        digest = hashlib.sha256(b"bzstream-windows-1" + bytes.fromhex(seed) + i.to_bytes(8, "little")).digest()
+        j = i + int.from_bytes(digest, "little") % (len(left) - i)
+        left[i], left[j] = left[j], left[i]
+        expected.append(left[i] * length)
+    assert choose_windows(seed, tokens, count=count, length=length) == expected
+    assert choose_windows("0x" + seed, tokens, count=count, length=length) == expected
+
+
+@given(st.binary(min_size=1, max_size=32), st.integers(1, 500), st.integers(2, 9), st.data())
+def test_windows_are_different_and_inside(seed: bytes, available: int, length: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, available))
+    tokens = available * length + data.draw(st.integers(0, length - 1))
+    found = choose_windows(seed.hex(), tokens, count=count, length=length)
+    assert len(set(found)) == count
+    assert all(0 <= start <= tokens - length and start % length == 0 for start in found)
+
+
+def test_too_little_data_is_an_error() -> None:
+    with pytest.raises(EvaluationError, match="give more data"):
+        choose_windows(SEED, 100, count=11, length=10)
+
+
+# ---- Loss and score -------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1), st.randoms(use_true_random=False))
+def test_the_mean_does_not_depend_on_the_order(losses: list[float], random: object) -> None:
+    mixed = list(losses)
+    random.shuffle(mixed)  # type: ignore[attr-defined]
+    assert mean_loss(losses, 17) == mean_loss(mixed, 17)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_window_that_is_not_finite_ends_the_submission(bad: float) -> None:
+    assert mean_loss([1.0, bad, 1.0], 10) is None
+    assert mean_loss([], 10) is None
+
+
+@given(st.floats(0, 100), st.floats(0, 100))
+def test_a_score_is_never_negative(baseline: float, loss: float) -> None:
+    assert score(baseline, loss) == max(0.0, baseline - loss)
+
+
+# ---- Copies ---------------------------------------------------------------------------------------------------------
+
+
+def prints(*rows: tuple[str, str, float, str, tuple[float, ...]]) -> list[Fingerprint]:
+    return [Fingerprint(*row) for row in rows]
+
+
+A, NEAR_A, B = (1.0, 0.0, 0.0), (1.0, 0.05, 0.0), (0.0, 1.0, 0.0)
+
+
+def test_the_later_of_two_copies_loses() -> None:
+    found = prints(("1", "alice", 5.0, "x", A), ("2", "bob", 3.0, "y", NEAR_A), ("3", "carol", 4.0, "z", B))
+    assert copies(found, 0.1) == {"1": "2"}
+    assert copies(found, 0.01) == {}
+
+
+def test_equal_weights_are_copies_whatever_the_distance() -> None:
+    assert copies(prints(("1", "alice", 1.0, "x", A), ("2", "bob", 2.0, "x", A)), 0.0) == {"2": "1"}
+
+
+def test_nobody_copies_himself() -> None:
+    assert copies(prints(("1", "alice", 1.0, "x", A), ("2", "alice", 2.0, "x", A)), 0.1) == {}
+
+
+def test_at_the_same_moment_the_id_decides() -> None:
+    assert copies(prints(("2", "alice", 1.0, "x", A), ("1", "bob", 1.0, "x", A)), 0.1) == {"2": "1"}
+
+
+@given(st.permutations(range(4)))
+def test_the_order_of_arrival_does_not_matter(order: list[int]) -> None:
+    rows = prints(
+        ("1", "a", 1.0, "x", A), ("2", "b", 2.0, "y", NEAR_A), ("3", "c", 3.0, "z", B), ("4", "d", 4.0, "z", B)
+    )
+    assert copies([rows[i] for i in order], 0.1) == {"2": "1", "4": "3"}
+
+
+def staged_from(judge: Judge, tensors: dict[str, np.ndarray], tmp_path: Path, group: int = 1) -> object:
+    from bzstream.evaluation.readers import survey
+    from tests.evaluation.hostile import honest
+
+    path = tmp_path / "slice"
+    path.write_bytes(honest(tensors, "F32"))
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        part = judge.model.published.group(group)
+        stored: list[Stored] = survey(lambda n, at: os.pread(fd, n, at), path.stat().st_size, part.wanted)
+        return judge.stage(fd, stored, group)
+    finally:
+        os.close(fd)
+
+
+def test_the_sketch_measures_distances(
+    judge: Judge, honest_tensors: dict[str, np.ndarray], baseline_tensors: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    """Against the real distance, and with the noise laid out along the tile's period to defeat a naive sketch."""
+    rng = np.random.default_rng(0)
+
+    def change(scale: float) -> tuple[dict[str, np.ndarray], float]:
+        made = {n: a + scale * rng.standard_normal(a.shape).astype(np.float32) for n, a in honest_tensors.items()}
+        cast = {n: torch.from_numpy(a).bfloat16().float().numpy() for n, a in made.items()}
+        squares = [float(((cast[n] - honest_tensors[n]) ** 2).sum()) for n in cast]
+        return made, math.sqrt(sum(squares))
+
+    def sketch(tensors: dict[str, np.ndarray], seed: str = SEED) -> np.ndarray:
+        staged = staged_from(judge, tensors, tmp_path)
+        try:
+            return np.asarray(judge.model.sketch(staged, seed))  # type: ignore[arg-type]
+        finally:
+            staged.close()  # type: ignore[attr-defined]
+
+    original = sketch(honest_tensors)
+    for scale in (1e-3, 1e-2, 1e-1):
+        made, distance = change(scale)
+        assert float(np.linalg.norm(sketch(made) - original)) == pytest.approx(distance, rel=0.15)
+    assert not np.any(sketch(baseline_tensors)), "the baseline changes nothing"
+    periodic = {n: a.copy() for n, a in honest_tensors.items()}
+    for array in periodic.values():
+        array.reshape(-1)[::1024] += 0.1
+    real = math.sqrt(sum(0.01 * len(a.reshape(-1)[::1024]) for a in periodic.values()))
+    assert float(np.linalg.norm(sketch(periodic) - original)) == pytest.approx(real, rel=0.4)
+    assert not np.allclose(sketch(honest_tensors, "11" * 32), original), "the signs do not depend on the seed"
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=20))
+def test_sketches_survive_the_ledger(values: list[float]) -> None:
+    assert unpack_sketch(pack_sketch(values)) == tuple(values)
+
+
+# ---- Repeating ------------------------------------------------------------------------------------------------------
+
+
+def test_a_repeat_is_bit_identical_and_a_difference_is_explained(
+    judge: Judge, honest_tensors: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    first, second = (
+        judge.judge(staged_from(judge, honest_tensors, tmp_path), SEED, file_hash="sha256:x").evaluation  # type: ignore[arg-type]
+        for _ in range(2)
+    )
+    assert compare(first, second) == []
+    assert first.loss_windows == second.loss_windows
+    assert first.score > 0
+    other = msgspec.structs.replace(second, loss=math.nextafter(second.loss, 9), versions={"torch": "1.0"})
+    (difference,) = compare(first, other)
+    assert "loss differ" in difference
+    assert "versions was" in difference
+    assert compare(first, msgspec.structs.replace(second, tokens_hash="")) == ["the evaluation data is not the same"]
+
+
+def test_the_record_survives_the_ledger(tmp_path: Path, judge: Judge, honest_tensors: dict[str, np.ndarray]) -> None:
+    verdict = judge.judge(
+        staged_from(judge, honest_tensors, tmp_path),  # type: ignore[arg-type]
+        SEED,
+        file_hash="sha256:x",
+        submission_id="id",
+        round_=7,
+    )
+    for _ in range(2):  # written again by whoever evaluates it next
+        records = Records(tmp_path / "ledger.sqlite")
+        records.write(verdict.evaluation, verdict.sketch)
+        assert records.find("id") == verdict.evaluation
+        assert records.find("other") is None
+        weights, sketch = records.fingerprints(7, 1)["id"]
+        assert weights == verdict.evaluation.weights
+        assert sketch == pytest.approx(verdict.sketch)
+        records.close()
+
+
+def test_the_command_line_scores_repeats_and_refuses(toy: Toy, tmp_path: Path) -> None:
+    """`bzstream evaluate FILE`, then an evaluation in a ledger and `--repeat`, in processes of their own."""
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("BZ_")},
+        "BZ_EVALUATION_WINDOWS": "8",
+        "BZ_EVALUATION_WINDOW_TOKENS": "64",
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def bzstream(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "bzstream", "evaluate", *arguments, "--store", str(toy.store)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+
+    done = bzstream(str(toy.improved), "--group", "1", "--data", str(toy.data), "--seed", SEED, "--json")
+    assert done.returncode == 0, done.stderr
+    evaluation = msgspec.json.decode(done.stdout, type=Evaluation)
+    assert evaluation.score > 0
+    where = tmp_path / "ledger.sqlite"
+    name = _scored(where, evaluation)
+    arguments = ("--repeat", name, "--ledger", str(where), str(toy.improved), "--data", str(toy.data))
+    repeated = bzstream(*arguments)
+    assert repeated.returncode == 0, repeated.stderr
+    assert "bit for bit the same" in repeated.stdout
+    _scored(where, msgspec.structs.replace(evaluation, loss=evaluation.loss + 1e-15), name)
+    differing = bzstream(*arguments)
+    assert (differing.returncode, differing.stderr.count("\n")) == (1, 1)
+    assert "the repeat differs from the record: loss differ" in differing.stderr
+    missing = bzstream(str(toy.improved), "--group", "1", "--data", "/no/such.npy")
+    assert (missing.returncode, missing.stderr) == (
+        1, "bzstream: the evaluation data /no/such.npy does not exist\n",
+    )  # fmt: skip
+    assert bzstream("--data", str(toy.data)).returncode == 2
+
+
+def _scored(where: Path, evaluation: Evaluation, name: str | None = None) -> str:
+    """Put an evaluation into a ledger, as that of a submission."""
+    from bzstream.submissions.ledger import Ledger
+    from bzstream.submissions.records import Accepted, Candidate, Submission
+
+    if name is None:
+        ledger = Ledger.open(where)
+        submission = Submission("5F", 1, "https://miner.example.com/x", 1, None, "", b"{}")
+        accepted = ledger.accept(Candidate(submission, 0, 3))
+        assert isinstance(accepted, Accepted)
+        name = accepted.submission_id
+        ledger.close()
+    records = Records(where)
+    records.write(msgspec.structs.replace(evaluation, submission_id=name, round=0), (0.0,))
+    records.close()
+    return name
+
+
+# ---- Data and spool -------------------------------------------------------------------------------------------------
+
+
+def load(path: Path | str, cache: Path, **options: object) -> Tokens:
+    return load_tokens(str(path), **{"vocabulary": 256, "least": 10, "cache": cache} | options)  # type: ignore[arg-type]
+
+
+def test_tokens_come_from_every_kind_of_file(tmp_path: Path) -> None:
+    from bzstream.tensorfile import arrange, build_head
+
+    tokens = np.arange(100, dtype=np.uint16)
+    np.save(tmp_path / "a.npy", tokens)
+    (tmp_path / "a.bin").write_bytes(tokens.tobytes())
+    (tmp_path / "wide.bin").write_bytes(tokens.astype("<u4").tobytes())
+    placed = arrange([("tokens", "I64", (100,)), ("mask", "F32", (3,))])
+    data = {"tokens": tokens.astype("<i8").tobytes(), "mask": bytes(12)}
+    (tmp_path / "a.safetensors").write_bytes(build_head(placed) + b"".join(data[t.name] for t in placed))
+    text = "".join(map(chr, range(32, 127)))
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text[:50]}) + "\n" + json.dumps({"text": text[50:]}) + "\n")
+    for name in ("a.npy", "a.bin", "a.safetensors"):
+        found = load(tmp_path / name, tmp_path)
+        assert len(found) == 100
+        assert found.windows([90, 0], 5).tolist() == [[90, 91, 92, 93, 94], [0, 1, 2, 3, 4]]
+    assert len(load(tmp_path / "wide.bin", tmp_path, vocabulary=70_000)) == 100
+    for name in ("a.txt", "a.jsonl"):
+        assert load(tmp_path / name, tmp_path).windows([0], 95).tolist() == [list(text.encode())]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "2.txt").write_text("second")
+    (folder / "1.txt").write_text("first")
+    assert bytes(load(folder, tmp_path).windows([0], 11)[0].tolist()) == b"firstsecond"
+
+
+def test_text_goes_through_the_models_own_tokenizer(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    vocabulary = {"<|endoftext|>": 0, "a": 1, "b": 2}
+    made = Tokenizer(WordLevel(vocabulary, unk_token="<|endoftext|>"))
+    made.pre_tokenizer = Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("a b a\n" * 10)
+    found = load(tmp_path / "a.txt", tmp_path / "cache", vocabulary=50_000, tokenizer=str(tmp_path))
+    assert found.windows([0], 31).tolist() == [[1, 2, 1] * 10 + [0]]
+    with pytest.raises(EvaluationError, match="no tokenizer is known"):
+        load(tmp_path / "a.txt", tmp_path / "cache", vocabulary=50_000)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.npy", b"not numpy", "not a .npy file"),
+        ("a.bin", b"odd", "no whole number"),
+        ("a.bin", b"", "no whole number"),
+        ("a.safetensors", b"junk junk", "not valid safetensors"),
+        ("a.txt", b"short", "a score needs 10"),
+        ("a.txt", b"", "a score needs 10"),
+        ("a.csv", b"1,2,3", "neither tokens"),
+        ("a.jsonl", b"[]\n", "line 1"),
+        ("a.bin", np.full(50, 999, "<u2").tobytes(), "another tokenizer"),
+    ],
+)
+def test_data_that_does_not_fit_is_an_error_at_the_start(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(EvaluationError, match=words):
+        load(tmp_path / name, tmp_path / "cache")
+
+
+def test_a_dataset_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+    import types
+
+    class Rows(list[dict[str, str]]):
+        column_names = ("text",)
+
+    library = types.ModuleType("datasets")
+    asked: list[object] = []
+
+    def load_dataset(*arguments: str, split: str) -> Rows:
+        asked.append((arguments, split))
+        return Rows([{"text": "one "}, {"text": "two and more"}])
+
+    library.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert bytes(load("wiki:small:validation", tmp_path).windows([0], 16)[0].tolist()) == b"one two and more"
+    assert asked == [(("wiki", "small"), "validation")]
+
+
+def test_the_spool_is_bounded_and_the_oldest_finished_file_goes_first(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool", 100)
+
+    def put(name: str, size: int) -> None:
+        assert spool.reserve(name, size, lambda: False)
+        spool.draft(name).write_bytes(bytes(size))
+        spool.keep(name)
+
+    put("a", 40)
+    put("b", 40)
+    assert not spool.reserve("c", 40, lambda: True)  # a and b are in use
+    spool.settle("a")
+    spool.settle("b")
+    put("c", 40)
+    assert {path.name for path in (tmp_path / "spool").iterdir()} == {".lock", "b", "c"}
+    spool.draft("d").write_bytes(b"half")
+    spool.close()
+    again = Spool(tmp_path / "spool", 100)
+    assert {path.name for path in (tmp_path / "spool").iterdir()} == {".lock", "b", "c"}
+    assert again.find("c") == tmp_path / "spool" / "c"
+    assert again.find("d") is None
+    again.close()
+
+
+# ---- The table of codes ---------------------------------------------------------------------------------------------
+
+
+def test_every_code_is_snake_case_and_has_one_meaning() -> None:
+    assert not REJECTED.keys() & FAILED.keys()
+    for code, meaning in {**REJECTED, **FAILED}.items():
+        assert code == code.lower()
+        assert code.isidentifier()
+        assert meaning.endswith(".")
+    promised = {
+        "unreachable", "too_large", "not_safetensors_or_pt", "unsafe_pickle", "wrong_keys", "wrong_shape", "non_finite",
+        "hash_mismatch", "duplicate_weights", "superseded",
+    }  # fmt: skip
+    assert promised <= REJECTED.keys()
+
+
+def test_a_record_says_everything_that_a_repeat_needs() -> None:
+    fields = {field.name for field in msgspec.structs.fields(Evaluation)}
+    needed = {
+        "seed", "windows", "window_tokens", "batch", "baseline_loss", "loss", "score", "model_version", "model_hash",
+        "slice_hash", "file_hash", "tokens_hash", "versions", "device", "threads", "seconds",
+    }  # fmt: skip
+    assert needed <= fields
