@@ -5,8 +5,11 @@
  * One thread, epoll, MSG_TRUNC receives (the kernel drops the bytes without copying them; COPY 1 copies them into a
  * buffer instead). Every connection asks for PATH, which has SIZE bytes, again and again; with RANGE > 0 for that many
  * bytes at a time, walking through the file. Each answer's status and Content-Length are checked, and that exactly so
- * many bytes follow. Prints one JSON line: bytes and seconds of the window after a warm-up, answers completed, the first error,
- * the first-byte times, and the bytes of the slowest and the fastest connection.
+ * many bytes follow. An @ in a HEADER stands for the number of the connection's miner; miners have, by turns, as many
+ * connections as DISCARD_MINERS in the environment says (such as "1,16"; one by default).
+ *
+ * Prints one JSON line: bytes and seconds of the window after a warm-up, answers completed, the longest wait for a first
+ * byte, over the miners the fewest and the most bytes and Jain's index, and the first error.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -22,7 +25,7 @@
 #include <unistd.h>
 
 struct conn {
-    int fd, in_body, head_len;
+    int fd, in_body, head_len, miner;
     long long left, next, total;
     double asked;
     char head[4096];
@@ -31,7 +34,7 @@ struct conn {
 static const char *path, *headers = "";
 static char host[64];
 static long long range_size, file_size, answers, counted;
-static double first_byte_sum, first_byte_max;
+static double first_byte_max;
 static char failure[256];
 
 static double now(void) {
@@ -46,7 +49,11 @@ static void fail(const char *what, const char *detail) {
 
 static void ask(struct conn *c) {
     char text[4096];
-    int n = snprintf(text, sizeof text, "GET %s HTTP/1.1\r\nHost: %s\r\n%s", path, host, headers);
+    int n = snprintf(text, sizeof text, "GET %s HTTP/1.1\r\nHost: %s\r\n", path, host);
+    for (const char *h = headers; *h; h++) {
+        if (*h == '@') n += snprintf(text + n, sizeof text - n, "%d", c->miner);
+        else text[n++] = *h;
+    }
     if (range_size) {
         if (c->next + range_size > file_size) c->next = 0;
         n += snprintf(text + n, sizeof text - n, "Range: bytes=%lld-%lld\r\n", c->next, c->next + range_size - 1);
@@ -63,7 +70,6 @@ static void ask(struct conn *c) {
 static void begin_body(struct conn *c, char *end) {
     *end = 0;
     double waited = now() - c->asked;
-    first_byte_sum += waited;
     if (waited > first_byte_max) first_byte_max = waited;
     int status = atoi(c->head + 9);
     if (status != (range_size ? 206 : 200)) fail("status", c->head);
@@ -96,9 +102,14 @@ int main(int argc, char **argv) {
     size_t room = 4 << 20;
     char *buffer = malloc(room);
     struct conn *conns = calloc(connections, sizeof *conns);
-    int ep = epoll_create1(0);
+    const char *sizes = getenv("DISCARD_MINERS") ? getenv("DISCARD_MINERS") : "1", *size = sizes;
+    int ep = epoll_create1(0), miners = 0;
     struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(atoi(argv[2]))};
     inet_pton(AF_INET, argv[1], &to.sin_addr);
+    for (int i = 0; i < connections; miners++) {
+        for (int n = atoi(size); n-- && i < connections; i++) conns[i].miner = miners;
+        size = strchr(size, ',') ? strchr(size, ',') + 1 : sizes;
+    }
     for (int i = 0; i < connections; i++) {
         struct conn *c = &conns[i];
         c->fd = socket(AF_INET, SOCK_STREAM, 0);
@@ -138,18 +149,20 @@ int main(int argc, char **argv) {
             else if (r == 0 || errno != EAGAIN) fail("closed in body", r ? strerror(errno) : "eof");
         }
     }
-    long long low = conns[0].total, high = low;
+    long long *totals = calloc(miners, sizeof *totals), low, high;
+    for (int i = 0; i < connections; i++) totals[conns[i].miner] += conns[i].total;
     double sum = 0, squares = 0;
-    for (int i = 0; i < connections; i++) {
-        if (conns[i].total < low) low = conns[i].total;
-        if (conns[i].total > high) high = conns[i].total;
-        sum += conns[i].total;
-        squares += (double)conns[i].total * conns[i].total;
+    low = high = totals[0];
+    for (int i = 0; i < miners; i++) {
+        if (totals[i] < low) low = totals[i];
+        if (totals[i] > high) high = totals[i];
+        sum += totals[i];
+        squares += (double)totals[i] * totals[i];
     }
     for (char *p = failure; *p; p++) if (*p < 32 || *p == '"' || *p == '\\') *p = ' ';
     printf("{\"bytes\": %lld, \"seconds\": %.6f, \"answers\": %lld, \"slowest\": %lld, \"fastest\": %lld, \"jain\": %.4f,"
            " \"first_byte_max\": %.6f, \"error\": \"%s\"}\n",
-           counted, end - begun, answers, low, high, squares ? sum * sum / (connections * squares) : 0,
+           counted, end - begun, answers, low, high, squares ? sum * sum / (miners * squares) : 0,
            first_byte_max, failure);
     return failure[0] != 0;
 }

