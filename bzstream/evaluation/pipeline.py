@@ -41,7 +41,7 @@ from bzstream.evaluation.work import Tools, Work
 from bzstream.model import Library
 from bzstream.submissions.ledger import LeaseLost, Ledger, LedgerUnavailable
 from bzstream.submissions.records import Record
-from bzstream.submissions.states import Status
+from bzstream.submissions.states import FINAL, Status
 
 if TYPE_CHECKING:
     from bzstream.evaluation.judge import Judge, Verdict
@@ -98,6 +98,7 @@ class Pipeline:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Evaluate until `stop` is set; jobs in hand are then given back. Raises EvaluationError, see above."""
+        await self._call(self._settle_latest)
         loops = [
             asyncio.create_task(loop())
             for loop in (self._claiming, self._renewing, self._watching, self._staging, self._judging)
@@ -190,8 +191,9 @@ class Pipeline:
 
     async def _give_back(self) -> None:
         for work in list(self._active.values()):
-            with contextlib.suppress(_Lost):
-                await self._advance(work, "queued")
+            if work.record.status not in FINAL:  # else the stop came right after the verdict
+                with contextlib.suppress(_Lost):
+                    await self._advance(work, "queued")
             self._leave(work)
 
     def _leave(self, work: Work) -> None:
@@ -322,6 +324,14 @@ class Pipeline:
         for copy, original in await self._call(settle):
             self._log.info("rejected", submission=copy, code="duplicate_weights", of=original)
         self._leave(work)
+
+    def _settle_latest(self) -> None:
+        """Settle the copies of the latest round: an evaluator may have died between a score and that. Blocking."""
+        latest = self._ledger.scores()
+        if latest is None:
+            return
+        for group in {record.expert_group for record in latest.results}:
+            settle_copies(self._ledger, self._records, latest.round, group, self._settings.copy_distance)
 
     async def _bounded(self, judging: Awaitable[Verdict]) -> Verdict:
         """The verdict, or a Failure that ends this process when one batch alone takes longer than scoring may."""

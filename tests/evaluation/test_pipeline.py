@@ -154,7 +154,12 @@ def test_the_story_of_the_demo(field: Field, toy: Toy, server: Server, tmp_path:
             await field.until(lambda: all(field.find(name).status == "verifying" for name in waiting), task)
             field.at(SEED_BLOCK)
             await field.until(field.all_final(list(names.values())), task)
-            await field.until(lambda: field.find(names["noisy"]).reason == "duplicate_weights", task)
+            for name in ("copy", "noisy"):  # whichever order they were scored in
+                await field.until(lambda name=name: field.find(names[name]).reason == "duplicate_weights", task)
+            late = field.submit(server.url("files/copy"))
+            await field.until(field.all_final([late]), task)
+            assert outcome(field.find(late)) == ("rejected", "duplicate_weights")
+            assert field.find(late).loss is None, "weights that are known were scored again"
 
     asyncio.run(main())
     found = {name: field.find(submission) for name, submission in names.items()}
@@ -340,9 +345,12 @@ def test_the_signed_hash_gives_precedence_to_its_author_whoever_was_scored_first
         prints = records.fingerprints(ROUND, 1)[thief]
         records.write(msgspec.structs.replace(evaluation, submission_id=author, weights="other"), prints[1])
         field.ledger.advance(held, "scored", baseline_loss=1.0, loss=0.5, score=0.5)
-        from bzstream.evaluation.precedence import settle_copies
 
-        assert settle_copies(field.ledger, records, ROUND, 1, 0.2) == [(thief, author)]
+    async def restart() -> None:  # the evaluator that scored the last one died before it compared them
+        async with field.evaluating() as task:
+            await field.until(lambda: field.find(thief).status == "rejected", task)
+
+    asyncio.run(restart())
     assert outcome(field.find(thief)) == ("rejected", "duplicate_weights")
     assert outcome(field.find(author)) == ("scored", None)
 
