@@ -154,8 +154,8 @@ def test_the_story_of_the_demo(field: Field, toy: Toy, server: Server, tmp_path:
             await field.until(lambda: all(field.find(name).status == "verifying" for name in waiting), task)
             field.at(SEED_BLOCK)
             await field.until(field.all_final(list(names.values())), task)
-            for name in ("copy", "noisy"):  # whichever order they were scored in
-                await field.until(lambda name=name: field.find(names[name]).reason == "duplicate_weights", task)
+            copies = [names["copy"], names["noisy"]]  # whichever order they were scored in
+            await field.until(lambda: {field.find(each).reason for each in copies} == {"duplicate_weights"}, task)
             late = field.submit(server.url("files/copy"))
             await field.until(field.all_final([late]), task)
             assert outcome(field.find(late)) == ("rejected", "duplicate_weights")
