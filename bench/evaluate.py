@@ -62,7 +62,12 @@ def run(quick: bool, device: str = "cpu") -> list[dict[str, Any]]:
         limit = model + 3 * piece
         rows += [
             _row("deepcopy, peak memory", theirs["peak"] / gigabyte, "GB"),
-            _row("resident, peak memory", ours["peak"] / gigabyte, "GB", "" if quick else f"to stay under: {limit / gigabyte:.2f}"),
+            _row(
+                "resident, peak memory",
+                ours["peak"] / gigabyte,
+                "GB",
+                "" if quick else f"to stay under: {limit / gigabyte:.2f}",
+            ),
         ]
     else:
         rows += [
