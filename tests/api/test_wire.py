@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import email.parser
-import email.policy
 import json
 import signal
 import socket
@@ -19,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.api.conftest import beside
+from tests.api.contract import Pair, parse_multipart, spans_of
 from tests.api.desk import Desk, new_key, signed, troubles
 from tests.http.support import Answer, Client
 from tests.nodes import TOKEN, Node, eventually, running_node
@@ -247,29 +246,10 @@ def test_expect_100_continue(desk: Desk) -> None:
 
 # --- ranges ---
 
-Pair = tuple[int | None, int | None]
-
 
 @pytest.fixture(scope="module")
 def whole(node: Node) -> bytes:
     return node.get("/model/shared", node.headers()).body
-
-
-def spans_of(pairs: list[Pair], size: int) -> list[tuple[int, int]]:
-    """The contract's merging, by painting: [start, stop) of what was asked for, in the order of the first mention."""
-    found: list[tuple[int, int]] = []
-    for first, last in pairs:
-        start = first if first is not None else max(0, size - (last or 0))
-        stop = size if last is None or first is None else min(last + 1, size)
-        if start >= stop:
-            continue
-        place = len(found)
-        for n, other in reversed(list(enumerate(found))):
-            if other[0] <= stop and start <= other[1]:
-                start, stop, place = min(start, other[0]), max(stop, other[1]), n
-                del found[n]
-        found.insert(place, (start, stop))
-    return found
 
 
 EDGES = [0, 1, 2, 5, 4095, 4096, 4097, 8192, 100_000]
@@ -303,25 +283,9 @@ def test_ranges_parse_back_to_the_bytes(node: Node, whole: bytes, data: st.DataO
         assert answer.status == 206
         assert answer.get("content-range") is None
         kind = answer.get("content-type") or ""
-        assert kind.startswith("multipart/byteranges; boundary=")
         parts = parse_multipart(kind, answer.body)
         assert [where for where, _ in parts] == [f"bytes {a}-{b - 1}/{size}" for a, b in spans]
         assert [content for _, content in parts] == [whole[a:b] for a, b in spans]
-
-
-def parse_multipart(kind: str, body: bytes) -> list[tuple[str, bytes]]:
-    """The standard library's MIME parser, which splits at line ends: bytes come back through Latin-1 unchanged."""
-    boundary = kind.partition("boundary=")[2].encode()
-    pieces = body.split(b"--" + boundary)
-    assert (pieces[0], pieces[-1]) == (b"", b"--\r\n")
-    found = []
-    for piece in pieces[1:-1]:
-        head, _, content = piece.removeprefix(b"\r\n").partition(b"\r\n\r\n")
-        fields = email.parser.BytesHeaderParser(policy=email.policy.HTTP).parsebytes(head + b"\r\n\r\n")
-        assert fields["Content-Type"] == "application/octet-stream"
-        assert content.endswith(b"\r\n")
-        found.append((str(fields["Content-Range"]), content[:-2]))
-    return found
 
 
 def test_ranges_that_are_none(node: Node, whole: bytes) -> None:
