@@ -1,7 +1,8 @@
 """A process that publishes and kills itself: `python -m tests.model.killed`, driven by test_crash.
 
-It reads one JSON request a line: {"source", "store", "version", "kill": n}. For each it forks; the child publishes and
-sends itself SIGKILL just before its n-th system call that changes a file, or in the middle of it if it is a write.
+It reads one JSON request a line: {"source", "store", "version", "kill": n, "after": seconds}. For each it forks; the
+child publishes and sends itself SIGKILL just before its n-th system call that changes a file, or in the middle of it if
+it is a write; or, where `after` is not null, is killed from outside after so long, wherever it is.
 The answer is one line: the number of such calls that were made, or "killed".
 """
 
@@ -12,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,10 @@ def main() -> None:
             child(json.loads(line), outside)
             os._exit(0)
         os.close(outside)
+        after = json.loads(line)["after"]
+        if after is not None:
+            time.sleep(after)
+            os.kill(process, signal.SIGKILL)
         said = os.read(inside, 100).decode()
         os.close(inside)
         status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
