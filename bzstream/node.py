@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import ctypes
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -23,6 +22,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from bzstream import logs
 from bzstream.config import Settings
 from bzstream.errors import BzstreamError
 from bzstream.http import Server
+from bzstream.http.tls import Certificate
 
 __all__ = ["NodeError", "Role", "serve"]
 
@@ -70,11 +72,43 @@ def serve(settings: Settings, roles: frozenset[Role], reload: Callable[[], Setti
 
     `reload` makes the settings afresh, for SIGHUP. Raises NodeError before anything was started.
     """
-    raise_file_limit()
     logs.configure(settings.log)
+    roles = check(settings, roles)
     sockets = listen(settings) if "http" in roles else []
     with metrics_folder():
         return asyncio.run(_Supervisor(settings, roles, reload, sockets).run())
+
+
+def check(settings: Settings, roles: frozenset[Role]) -> frozenset[Role]:
+    """Find now what would make a child fail later, again and again; the roles that will run. Raises BzstreamError."""
+    settings.store_path().mkdir(parents=True, exist_ok=True)
+    if "http" in roles:
+        from bzstream.api.tokens import open_tokens
+
+        open_tokens(settings.auth)
+        cert, key = settings.http.tls_cert, settings.http.tls_key
+        if (cert is None) != (key is None):
+            raise NodeError("a certificate and its key go together; give both --tls-cert and --tls-key")
+        if cert is not None and key is not None:
+            Certificate(cert, key)
+        for network in settings.http.trusted_proxies:
+            try:
+                ip_network(network)
+            except ValueError as error:
+                raise NodeError(f"http.trusted_proxies: {error}; name networks such as 10.0.0.0/8") from None
+    if "evaluator" not in roles or not settings.evaluation.enabled:
+        return roles - {"evaluator"}
+    if settings.evaluation.data is None:
+        structlog.get_logger("supervisor").warning(
+            "nothing will be scored: set evaluation.data, or say --no-evaluator to mean it"
+        )
+        return roles - {"evaluator"}
+    from bzstream.evaluation.data import require_data
+
+    require_data(settings.evaluation.data)
+    if missing := [name for name in ("torch", "transformers") if find_spec(name) is None]:
+        raise NodeError(f"scoring needs {' and '.join(missing)}; install bzstream[validator], or say --no-evaluator")
+    return roles
 
 
 def listen(settings: Settings) -> list[socket.socket]:
@@ -105,12 +139,6 @@ def listen(settings: Settings) -> list[socket.socket]:
     except OSError as error:
         raise NodeError(f"cannot listen on {host} port {port}: {error.strerror}; choose another --port") from None
     return sockets
-
-
-def raise_file_limit() -> None:
-    """Raise RLIMIT_NOFILE as far as this user may: every connection is a descriptor."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextlib.contextmanager
@@ -171,7 +199,7 @@ class _Supervisor:
             children.append(Child("chain", 0, self.settings))
         if "http" in self.roles:
             children += [Child("http", i, self.settings, listen_fd=s.fileno()) for i, s in enumerate(self.sockets)]
-        if "evaluator" in self.roles and self.settings.evaluation.enabled:
+        if "evaluator" in self.roles:
             devices = [self.settings.evaluation.device] if self.settings.evaluation.device else gpus() or ["cpu"]
             children += [Child("evaluator", i, self.settings, device=d) for i, d in enumerate(devices)]
         return children

@@ -57,6 +57,10 @@ def test_serve_refuses_to_start(place: Path) -> None:
             (serve(*store, BZ_TOKENS_FILE=str(tokens)), "0600"),
             (serve(*store, BZ_TOKENS_FILE=str(place / "none.toml")), "tokens file"),
             (serve(*store, BZ_HTTP_PORT="many"), "BZ_HTTP_PORT"),
+            (serve(*store, BZ_HTTP_TRUSTED_PROXIES='["here"]'), "trusted_proxies"),
+            (serve(*store, "--tls-cert", str(place / "none.pem"), "--tls-key", "x"), "none.pem"),
+            (serve(*store, "--tls-cert", "x"), "--tls-key"),
+            (serve(*store[:-1], BZ_EVALUATION_DATA=str(place / "none.npy")), "none.npy"),
             (serve(*store, "--config", str(place / "none.toml")), "none.toml"),
         ):
             assert result.returncode == 1, result

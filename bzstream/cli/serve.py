@@ -39,7 +39,6 @@ def serve(
     The shared token comes from BZ_AUTH_TOKEN (at least 32 characters). SIGTERM drains, SIGHUP reads the settings again.
     """
     from bzstream import node
-    from bzstream.api.tokens import open_tokens
     from bzstream.config import Settings, load
 
     flags: dict[str, object] = {
@@ -62,11 +61,7 @@ def serve(
     roles: frozenset[node.Role] = (
         frozenset(r.value for r in role) if role else frozenset(("http", "chain", "evaluator"))
     )
-    now = settings()
-    now.store_path()
-    if "http" in roles:
-        open_tokens(now.auth)
-    sys.exit(node.serve(now, roles, settings))
+    sys.exit(node.serve(settings(), roles, settings))
 
 
 def _text(path: Path | None) -> str | None:
