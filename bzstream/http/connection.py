@@ -16,7 +16,7 @@ import asyncio
 import enum
 import errno
 import select as poll
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from dataclasses import replace
 from functools import partial
 from inspect import isawaitable
@@ -292,6 +292,9 @@ class Connection:
         result = self._endpoint.handle(self._request)
         if isawaitable(result):
             self._task = self._server.spawn(self._wait_for(result))
+            if isinstance(result, Coroutine):
+                # A task that is cancelled before its first step never comes to await the handler.
+                self._task.add_done_callback(lambda _: result.close())
         else:
             self._respond(result)
 
