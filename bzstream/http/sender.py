@@ -336,15 +336,23 @@ class Sender:
         if state is TransferState.READY:
             self._enqueue_locked(transfer)
         elif state is TransferState.BLOCKED:
-            self._blocked[transfer.fd] = transfer
+            self._arm_locked(transfer)
+        elif state is TransferState.COLD:
+            self._loop.call_soon_threadsafe(self._fetch, transfer)
+        else:
+            self._retire_locked(transfer)
+            self._loop.call_soon_threadsafe(self._over, transfer, error)
+
+    def _arm_locked(self, transfer: Transfer) -> None:
+        """Have the kernel say once when there is room, or that the peer is gone."""
+        self._blocked[transfer.fd] = transfer
+        try:
             if transfer.registered:
                 self._epoll.modify(transfer.fd, _ARMED)
             else:
                 self._epoll.register(transfer.fd, _ARMED)
                 transfer.registered = True
-        elif state is TransferState.COLD:
-            self._loop.call_soon_threadsafe(self._fetch, transfer)
-        else:
+        except OSError as error:  # ENOMEM or ENOSPC, the limits of epoll(7)
             self._retire_locked(transfer)
             self._loop.call_soon_threadsafe(self._over, transfer, error)
 

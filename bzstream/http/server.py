@@ -103,6 +103,7 @@ class Server:
         # The sockets.
         self._epoll = select.epoll()
         self._listeners: dict[int, socket.socket] = {}
+        self._resting = False
         self._connections: dict[int, Connection] = {}
         self._seats: dict[str, int] = {}
         # The turn.
@@ -271,8 +272,17 @@ class Server:
     # Connections come and go.
 
     def _listen(self) -> None:
+        self._resting = False
         for fd in self._listeners:
             self._epoll.register(fd, select.EPOLLIN)
+
+    def _rest(self) -> None:
+        """Take no connections for a moment: there is nothing to hold them with."""
+        if not self._resting:
+            self._resting = True
+            for fd in self._listeners:
+                self._epoll.unregister(fd)
+            self._loop.call_later(_PAUSE_S, self._listen)
 
     def _stop_listening(self) -> None:
         for listener in self._listeners.values():
@@ -287,9 +297,7 @@ class Server:
                 return
             except OSError as error:
                 if error.errno in _SHORT_OF:
-                    for fd in self._listeners:
-                        self._epoll.unregister(fd)
-                    self._loop.call_later(_PAUSE_S, self._listen)
+                    self._rest()
                     return
                 continue  # the client was gone before it was taken
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import time
 from collections.abc import Callable
@@ -224,3 +225,28 @@ def test_idle_connections_are_cheap(serve: Serve) -> None:
 def test_the_loop_of_the_standard_library_serves_too(serve: Serve) -> None:
     server = serve(uv=False)
     assert server.ask(FILE).body == server.application.content
+
+
+def test_without_descriptors_accepting_rests_and_goes_on(serve: Serve) -> None:
+    server = serve()
+
+    class Exhausted:
+        """A listener that cannot accept twice, then can."""
+
+        def __init__(self, listener: socket.socket) -> None:
+            self.listener, self.refused = listener, 0
+
+        def accept(self) -> tuple[socket.socket, object]:
+            if self.refused < 2:
+                self.refused += 1
+                raise OSError(errno.EMFILE, "Too many open files")
+            return self.listener.accept()
+
+        def close(self) -> None:
+            self.listener.close()
+
+    listeners = server.server._listeners
+    exhausted = {fd: Exhausted(listener) for fd, listener in listeners.items()}
+    server.call(lambda: listeners.update(exhausted))  # type: ignore[arg-type]
+    assert server.ask(HEALTH).status == 200
+    assert [one.refused for one in exhausted.values()] == [2]
