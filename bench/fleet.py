@@ -26,6 +26,7 @@ import random
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -212,7 +213,7 @@ class Fleet:
 
 def measure(quick: bool) -> dict[str, Any]:
     """Play all windows: `rows`, `notes` (the extrapolation) and `series` (times of single miners, for the plot)."""
-    slice_bytes, rounds, seconds = (8 << 20, 3, 2.0) if quick else (64 << 20, 7, 6.0)
+    slice_bytes, rounds, seconds = (8 << 20, 2, 1.0) if quick else (64 << 20, 7, 6.0)
     callers = miners(FLEET)
     clean: list[Window] = []
     bad: list[Window] = []
@@ -233,7 +234,7 @@ def measure(quick: bool) -> dict[str, Any]:
         size = fleet.sizes[0]
     for window in (*clean, *bad):
         window.check()
-    for window in sum(greedy.values(), []):
+    for window in chain.from_iterable(greedy.values()):
         if errors := [result.error for result in window.results if result.error]:
             raise RuntimeError(f"a greedy miner met an error: {errors[0]}")
     return {

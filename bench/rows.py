@@ -12,10 +12,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-__all__ = ["Outcome", "Row", "Status", "jain", "margin", "quantile", "read_outcome", "read_row", "row_of"]
+__all__ = ["Outcome", "Row", "Status", "jain", "margin", "quantile", "read_outcome", "read_row", "row_of", "unjudged"]
 
 Status = Literal["done", "absent", "failed"]
 
@@ -27,8 +27,8 @@ class Row:
     """One figure of one bench.
 
     `median` is in `unit`; `low` and `high` are the extremes of the rounds, None where there was one round. `ratio` is
-    the median over that of `peer`. `target` is a sentence such as ">= 1.2", about `ratio` where there is one, else about
-    `median`; `met` is None where nothing was asked for.
+    the median over that of `peer`. `target` is a sentence such as ">= 1.2", about `ratio` where there is one, else
+    about `median`; `met` is None where nothing was asked for.
     """
 
     bench: str
@@ -110,6 +110,7 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
 def read_row(bench: str, raw: Mapping[str, Any]) -> Row:
     """A bench's own row as a `Row`. Members that are not understood go to `more`; none is required but a name."""
     left = dict(raw)
+    left.pop("bench", None)
     found: dict[str, Any] = {}
     for member, spellings in _SPELLINGS.items():
         for spelling in spellings:
@@ -147,18 +148,24 @@ def read_outcome(bench: str, document: Any, seconds: float) -> Outcome:
     """What a bench wrote with `--json` as an `Outcome`. Raises ValueError when it is neither rows nor has them."""
     if isinstance(document, Sequence) and not isinstance(document, str):
         document = {"rows": document}
-    if not isinstance(document, Mapping) or not isinstance(document.get("rows"), Sequence):
+    rows = document.get("rows") if isinstance(document, Mapping) else None
+    if not isinstance(document, Mapping) or not isinstance(rows, Sequence) or isinstance(rows, str):
         raise ValueError("it wrote neither a list of rows nor an object with one")
     missing = document.get("missing") or ()
     return Outcome(
         bench,
         "done",
         seconds=seconds,
-        rows=tuple(read_row(bench, raw) for raw in document["rows"]),
+        rows=tuple(read_row(bench, raw) for raw in rows),
         missing=tuple(map(str, missing.items() if isinstance(missing, Mapping) else missing)),
         notes=str(document.get("notes") or ""),
         series=dict(document.get("series") or {}),
     )
+
+
+def unjudged(outcome: Outcome) -> Outcome:
+    """The same without targets: of a run that is too short to be judged."""
+    return replace(outcome, rows=tuple(replace(row, target="", met=None) for row in outcome.rows))
 
 
 def margin(row: Row) -> float | None:
