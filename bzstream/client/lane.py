@@ -34,6 +34,8 @@ class Lane:
         self._slot: int | None = None
         """The journal's slot for the range that is being received."""
         self._slot_begin = 0
+        self._pace = 0.0
+        """Bytes a second of the last run; 0 before there was one."""
 
     def run(self) -> None:
         """Fetch until there is nothing more to do. Raises DiskTrouble."""
@@ -76,9 +78,7 @@ class Lane:
                     now = time.monotonic()
                     mirror = self._choose(now)
                     if mirror is not None and not self._held_back():
-                        segment = work.plan.take(self._number, self._goal(mirror), now) or work.plan.steal(
-                            self._number, self._least_theft(mirror), now, stuck_s=work.tuning.stuck_s
-                        )
+                        segment = work.plan.take(self._number, self._goal(mirror), now) or self._steal(mirror, now)
                         if segment is not None:
                             mirror.lanes += 1
                             return segment, mirror
@@ -107,17 +107,29 @@ class Lane:
         """Bytes of the next run: a few seconds' worth, less near the end so that all lanes finish together."""
         work, tuning = self._work, self._work.tuning
         lanes = max(1, work.target)
-        run = int(work.rate / lanes * max(tuning.run_s, tuning.run_rtts * mirror.rtt))
         if mirror.rtt < tuning.near_rtt_s:
-            # A request costs next to nothing here, and short runs keep the finished prefix close behind.
-            run = min(run, work.plan.chunk_size if work.follower is not None else tuning.max_run)
+            # A request costs next to nothing, so that the prefix that the SHA-256 follows can grow in short runs.
+            run = work.plan.chunk_size if work.follower is not None else tuning.max_run
+        else:
+            run = int(work.rate / lanes * max(tuning.run_s, tuning.run_rtts * mirror.rtt))
         share = work.plan.open_bytes // (2 * lanes)
-        return max(1, min(max(run, work.plan.chunk_size), share))
+        if mirror.rtt < tuning.near_rtt_s:
+            return max(work.plan.chunk_size, min(run, share))
+        # On a far link one chunk may take seconds. It is shared out before anybody begins with it: a theft later would
+        # cost a connection that has its window open.
+        return max(tuning.min_run, min(run or share, share) // 4096 * 4096)
 
-    def _least_theft(self, mirror: Mirror) -> int:
-        """A theft must save more time than it costs: what a lane receives in two round trips and 10 ms."""
-        pace = self._work.rate / max(1, self._work.target)
-        return max(self._work.tuning.min_steal, int((2 * mirror.rtt + 0.01) * pace))
+    def _steal(self, mirror: Mirror, now: float) -> Segment | None:
+        """Work of another lane, if that saves more than a request (one round trip, two with a connection) costs."""
+        work, tuning = self._work, self._work.tuning
+        return work.plan.steal(
+            self._number,
+            now,
+            pace=self._pace or work.rate / max(1, work.target),
+            least=tuning.min_steal,
+            least_s=3 * mirror.rtt + tuning.theft_s,
+            stuck_s=tuning.stuck_s,
+        )
 
     def _held_back(self) -> bool:
         """Whether to receive no more now, as the SHA-256 would only have to read it back from the disk later.
@@ -162,13 +174,20 @@ class Lane:
         """Receive one segment. What was received when it ends early is in the sink all the same."""
         work, plan, writer = self._work, self._work.plan, self._writer
         asked = segment.end
+        began = time.monotonic()
+        # What is claimed cannot be stolen, so that a slow lane claims little.
+        hunger, appetite = work.tuning.claim_s, work.tuning.first_claim
+        if self._pace:
+            appetite = max(appetite, int(self._pace * hunger))
+        elif mirror.rtt < work.tuning.near_rtt_s:
+            appetite = work.tuning.buffer
         work.session.open_range(connection, mirror, work.manifest, work.version, segment.pos, asked)
         writer.begin(segment.pos)
         self._slot = None
         try:
             while True:
                 with work.lock:
-                    allowed = plan.claim(segment, writer.room())
+                    allowed = plan.claim(segment, min(writer.room(), appetite))
                     chunk = plan.chunk(segment.received // plan.chunk_size) if allowed else None
                 if chunk is None:
                     break
@@ -179,6 +198,9 @@ class Lane:
                     chunk.hasher.update(view[:count])
                     chunk.hashed = inside + count
                 segment.received += count
+                if count == allowed:
+                    pace = (segment.received - segment.start) / (time.monotonic() - began + 1e-6)
+                    appetite = max(work.tuning.first_claim, int(pace * hunger))
                 # What fills a buffer, a chunk or the segment goes to the sink now; other bytes when the writer likes.
                 self._store(segment, mirror, count, last=count == allowed)
         except Passing:
@@ -186,6 +208,7 @@ class Lane:
                 self._store(segment, mirror, 0, last=True)
             raise
         finally:
+            self._pace = (segment.received - segment.start) / (time.monotonic() - began + 1e-6)
             if segment.received < asked:
                 connection.reusable = False  # a thief has the rest, and it is still on its way to us here
 

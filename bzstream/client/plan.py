@@ -36,9 +36,13 @@ class Segment:
         self.moved = now
         """When the last byte came."""
 
+    def pace(self, now: float) -> float:
+        """Bytes a second so far; a lane that has no byte yet counts as slow."""
+        return max(self.received - self.start, 4096) / (now - self.began + 0.001)
+
     def seconds_left(self, now: float) -> float:
-        """Expected seconds to its end at the pace so far; a lane that has no byte yet counts as slow."""
-        return (self.end - self.received) * (now - self.began + 0.001) / max(self.received - self.start, 4096)
+        """Expected seconds to its end."""
+        return (self.end - self.received) / self.pace(now)
 
 
 class Chunk:
@@ -58,7 +62,8 @@ class Plan:
     """The work of one unit.
 
     `done`: chunks that are already verified in the sink; `received`: ranges that are in the sink but belong to no
-    verified chunk; `reserved`: chunks that somebody else (the copier of an older file) takes care of.
+    verified chunk; `reserved`: chunks that somebody else (the copier of an older file) takes care of. `grip`: bytes
+    that a lane keeps of every run: were a run stolen before its first byte, thieves could pass it on for ever.
     """
 
     def __init__(
@@ -69,8 +74,10 @@ class Plan:
         done: Iterable[int] = (),
         received: Iterable[tuple[int, int]] = (),
         reserved: Iterable[int] = (),
+        grip: int = 64 * 1024,
     ) -> None:
         self.size = size
+        self._grip = grip
         self.chunk_size = chunk_size
         self.count = -(-size // chunk_size)
         self.done = bytearray(self.count)
@@ -117,7 +124,9 @@ class Plan:
         return found
 
     def take(self, lane: int, goal: int, now: float) -> Segment | None:
-        """A run of about `goal` free bytes: whole chunks, from the front. None when nothing is free."""
+        """A run of about `goal` free bytes from the front: whole chunks, or exactly `goal` bytes when that is less than
+        a chunk. None when nothing is free.
+        """
         if self.again:
             index = self.again.popleft()
             begin = index * self.chunk_size
@@ -125,33 +134,38 @@ class Plan:
         if not self.free:
             return None
         begin, end = self.free[0]
-        stop = min(end, self._boundary(begin + max(goal, 1)))
+        stop = begin + max(goal, 1)
+        stop = min(end, self._boundary(stop) if goal >= self.chunk_size else stop)
         if stop == end:
             del self.free[0]
         else:
             self.free[0] = (stop, end)
         return self._begin(Segment(begin, stop, lane, now))
 
-    def steal(self, lane: int, least: int, now: float, *, stuck_s: float) -> Segment | None:
-        """The later part of the run that would take longest, at least `least` bytes of it; None if there is none.
+    def steal(
+        self, lane: int, now: float, *, pace: float, least: int, least_s: float, stuck_s: float
+    ) -> Segment | None:
+        """The later part of the run that would take longest, so much that a thief of `pace` bytes a second ends with
+        its owner; None if no run would take `least_s` seconds more, is that old, and has `least` bytes to give.
 
         From a lane without a byte for `stuck_s` everything unclaimed is taken.
         """
-        victims = [s for s in self.active if not s.alone and s.end - s.claimed >= least]
+        victims = [s for s in self.active if not s.alone and s.end - s.claimed >= least and now - s.began >= least_s]
         if not victims:
             return None
         victim = max(victims, key=lambda s: (now - s.moved > stuck_s, s.seconds_left(now)))
-        if now - victim.moved > stuck_s:
-            cut = victim.claimed
-        else:
-            if victim.end - victim.claimed < 2 * least:
+        cut = victim.claimed
+        if now - victim.moved <= stuck_s:
+            if victim.seconds_left(now) < least_s:
                 return None
-            middle = (victim.claimed + victim.end) // 2
-            cut = self._boundary(middle)
-            if not victim.claimed + least <= cut <= victim.end - least:
-                # On a page boundary both lanes can write past the page cache.
-                page = middle // 4096 * 4096
-                cut = page if page >= victim.claimed + least else middle
+            rest = victim.end - victim.claimed
+            owner = victim.pace(now)
+            best = victim.claimed + int(rest * owner / (owner + max(pace, 1.0)))
+            # At a chunk boundary nothing has to be read back, on a page boundary both can write past the page cache.
+            cut = self._boundary(best)
+            if not victim.claimed < cut <= victim.end - least or cut - best > rest // 4:
+                cut = max(best // 4096 * 4096, victim.claimed)
+            cut = min(cut, victim.end - least)
         stolen = Segment(cut, victim.end, lane, now)
         victim.end = cut
         return self._begin(stolen)
@@ -208,6 +222,7 @@ class Plan:
         self._free(begin, begin + self.length(index))
 
     def _begin(self, segment: Segment) -> Segment:
+        segment.claimed = min(segment.start + self._grip, segment.end)
         self.active.append(segment)
         return segment
 

@@ -147,7 +147,8 @@ class Transfer:
         self._open_lanes(self._first_lanes())
         quiet_since = time.monotonic()
         seen = (0, -1)
-        next_probe = quiet_since + 1.0
+        probe_s = max(tuning.probe_s, tuning.probe_rtts * max(mirror.rtt for mirror in work.mirrors))
+        next_probe = quiet_since + probe_s
         rate_before, probing = 0.0, self._fixed is None
         while True:
             with work.changed:
@@ -168,7 +169,7 @@ class Transfer:
             self._give_up_if_hopeless(now, quiet_since)
             self._cut_off_stuck(now)
             if probing and now >= next_probe:
-                next_probe = now + 1.0
+                next_probe = now + probe_s
                 probing, rate_before = self._probe(rate_before, recent)
 
     def _first_lanes(self) -> int:
@@ -177,7 +178,7 @@ class Transfer:
         tuning = self._tuning
         rtts = [mirror.rtt for mirror in self._work.mirrors if mirror.rtt]
         near = not rtts or min(rtts) < tuning.near_rtt_s
-        worth = 8 * tuning.min_steal if near else tuning.min_steal
+        worth = 2 * tuning.min_run if near else tuning.min_run // 4
         most = tuning.near_lanes if near else tuning.far_lanes
         return min(most, 1 + self._work.plan.open_bytes // worth)
 

@@ -39,11 +39,14 @@ class Tuning:
     near_lanes: int = 8
     """Connections to begin with on a link whose round trip is below `near_rtt_s`: on loopback with two cores 8 are
     10-20% faster than 4, and 16 add nothing."""
-    far_lanes: int = 16
-    """Connections to begin with on any other link: with 80 ms and 0.1% loss a cubic flow is held to ~15 Mbit/s."""
+    far_lanes: int = 24
+    """Connections to begin with on any other link: with 80 ms and 0.1% loss a cubic flow is held to ~10 Mbit/s."""
     near_rtt_s: float = 0.002
-    max_lanes: int = 32
-    """Most connections that are opened unasked: half of what a node lets one caller have."""
+    max_lanes: int = 48
+    """Most connections that are opened unasked: three quarters of what a node lets one caller have."""
+    probe_s: float = 1.0
+    """How long new lanes have to show what they bring, on a far link `probe_rtts` round trips: they start slowly."""
+    probe_rtts: float = 25.0
     buffer: int = 1 * MIB
     """Bytes gathered before a write to disk: fits the second-level cache, and makes a direct write worth its trip."""
     gather_s: float = 0.005
@@ -56,10 +59,17 @@ class Tuning:
     """A range is asked for in runs of about this many seconds, but at least `run_rtts` round trips..."""
     run_rtts: float = 40.0
     """...so that the pause between two requests costs 2.5% of a connection at the most..."""
-    max_run: int = 32 * MIB
-    """...and on a fast link of no more bytes than this, so that the SHA-256 that follows the prefix is never far."""
-    min_steal: int = 256 * KIB
+    max_run: int = 64 * MIB
+    """...and on a near link in runs of this, as long as nothing but their number matters."""
+    min_run: int = 1 * MIB
+    """The last runs on a far link: with 1 MB/s a lane they all end within a second of each other."""
+    min_steal: int = 64 * KIB
     """A rest smaller than this is not worth another request."""
+    theft_s: float = 0.02
+    """A run that ends within this and three round trips is left to its owner."""
+    first_claim: int = 64 * KIB
+    claim_s: float = 0.1
+    """A lane claims what it receives in this time, at least `first_claim` bytes; others can have the rest."""
     stuck_s: float = 2.0
     """When others are idle, a connection without a byte for so long loses its work to them."""
     handoff: int = 64 * MIB

@@ -17,8 +17,8 @@ from tests.client.node import HOTKEY, TOKEN, Node, Unit
 from tests.client.proxy import Proxy
 
 KILLS = 50
-SIZE = 100_000_000
-RATE = 8_000_000
+SIZE = 200_000_000
+RATE = 6_000_000
 
 
 @pytest.mark.slow

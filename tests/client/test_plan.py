@@ -26,7 +26,12 @@ def run_lanes(plan: Plan, seed: int, lanes: int, bad_chunks: set[int]) -> tuple[
         segment = holding.get(lane)
         if segment is None:
             segment = plan.take(lane, chance.randrange(1, plan.size + 1), steps) or plan.steal(
-                lane, chance.choice([1, 50, 1000]), steps, stuck_s=chance.choice([1e9, 20])
+                lane,
+                steps,
+                pace=chance.choice([0, 1, 100, 1e9]),
+                least=chance.choice([1, 50, 1000]),
+                least_s=chance.choice([0, 10]),
+                stuck_s=chance.choice([1e9, 20]),
             )
             if segment is not None:
                 holding[lane] = segment
@@ -66,7 +71,7 @@ def test_every_byte_is_written_exactly_once(size: int, chunk: int, lanes: int, s
     count = -(-size // chunk)
     done = data.draw(st.sets(st.integers(0, count - 1), max_size=count))
     bad = data.draw(st.sets(st.integers(0, count - 1), max_size=3)) - done
-    plan = Plan(size, chunk, done=done)
+    plan = Plan(size, chunk, done=done, grip=data.draw(st.sampled_from([1, 100, 65536])))
     written, _ = run_lanes(plan, seed, lanes, bad)
     for at, times in enumerate(written):
         assert times == (0 if at // chunk in done else 1)
@@ -108,18 +113,21 @@ def test_received_ranges_are_not_fetched_again(
         assert fetched[at] == (0 if had[at] or at // chunk in done else 1)
 
 
-def test_runs_are_taken_from_the_front_in_whole_chunks() -> None:
+def test_runs_are_taken_from_the_front_in_whole_chunks_or_in_parts_of_one() -> None:
     plan = Plan(1000 * KIB, 100 * KIB)
     first = plan.take(0, 150 * KIB, 0.0)
-    second = plan.take(1, 1, 0.0)
+    second = plan.take(1, 100 * KIB, 0.0)
+    third = plan.take(2, 30 * KIB, 0.0)
     assert first is not None
     assert second is not None
+    assert third is not None
     assert (first.start, first.end) == (0, 200 * KIB)
     assert (second.start, second.end) == (200 * KIB, 300 * KIB)
+    assert (third.start, third.end) == (300 * KIB, 330 * KIB)
 
 
 def test_a_thief_takes_the_later_half_at_a_chunk_boundary_of_the_slowest_lane() -> None:
-    plan = Plan(1600 * KIB, 100 * KIB)
+    plan = Plan(1600 * KIB, 100 * KIB, grip=KIB)
     slow = plan.take(0, 800 * KIB, 0.0)
     fast = plan.take(1, 800 * KIB, 0.0)
     assert slow is not None
@@ -128,31 +136,32 @@ def test_a_thief_takes_the_later_half_at_a_chunk_boundary_of_the_slowest_lane() 
         plan.claim(segment, count)
         segment.received += count
         plan.advance(segment, count, 0, 1.0)
-    stolen = plan.steal(2, 16 * KIB, 1.0, stuck_s=10)
+    stolen = plan.steal(2, 1.0, pace=10 * KIB, least=16 * KIB, least_s=1, stuck_s=10)
     assert stolen is not None
     assert (stolen.start, stolen.end) == (500 * KIB, 800 * KIB)
     assert slow.end == 500 * KIB
 
 
 def test_a_thief_splits_a_single_chunk_and_leaves_what_is_claimed() -> None:
-    plan = Plan(100 * KIB, 100 * KIB)
-    owner = plan.take(0, 1, 0.0)
+    plan = Plan(100 * KIB, 100 * KIB, grip=KIB)
+    owner = plan.take(0, 100 * KIB, 0.0)
     assert owner is not None
     assert plan.claim(owner, 40 * KIB) == 40 * KIB
-    stolen = plan.steal(1, 8 * KIB, 1.0, stuck_s=10)
+    stolen = plan.steal(1, 1.0, pace=4096, least=8 * KIB, least_s=1, stuck_s=10)
     assert stolen is not None
     assert 40 * KIB < stolen.start < 100 * KIB
     assert stolen.start % 4096 == 0
     assert owner.end == stolen.start
-    assert plan.steal(2, 60 * KIB, 1.0, stuck_s=10) is None
+    assert plan.steal(2, 1.0, pace=4096, least=60 * KIB, least_s=1, stuck_s=10) is None
+    assert plan.steal(2, 1.0, pace=4096, least=8 * KIB, least_s=99, stuck_s=10) is None
 
 
 def test_a_stuck_lane_loses_everything_it_has_not_claimed() -> None:
-    plan = Plan(100 * KIB, 100 * KIB)
-    owner = plan.take(0, 1, 0.0)
+    plan = Plan(100 * KIB, 100 * KIB, grip=KIB)
+    owner = plan.take(0, 100 * KIB, 0.0)
     assert owner is not None
     plan.claim(owner, 10 * KIB)
-    stolen = plan.steal(1, 1 * KIB, 99.0, stuck_s=10)
+    stolen = plan.steal(1, 99.0, pace=1, least=1 * KIB, least_s=1, stuck_s=10)
     assert stolen is not None
     assert stolen.start == 10 * KIB
 
@@ -166,4 +175,14 @@ def test_a_wrong_chunk_is_fetched_alone_and_cannot_be_stolen() -> None:
     while plan.take(1, 1000 * KIB, 0.0) is not None:
         pass
     plan.active = [again]
-    assert plan.steal(2, 1, 99.0, stuck_s=1) is None
+    assert plan.steal(2, 99.0, pace=1, least=1, least_s=0, stuck_s=1) is None
+
+
+def test_a_run_is_not_passed_on_before_its_first_byte() -> None:
+    plan = Plan(1000 * KIB, 1000 * KIB, grip=64 * KIB)
+    assert plan.take(0, 1000 * KIB, 0.0) is not None
+    assert plan.steal(1, 0.5, pace=1e6, least=KIB, least_s=1, stuck_s=10) is None, "it has hardly begun"
+    stolen = plan.steal(1, 20.0, pace=1e6, least=KIB, least_s=1, stuck_s=10)
+    assert stolen is not None
+    assert stolen.start == 64 * KIB
+    assert plan.steal(2, 20.5, pace=1e6, least=KIB, least_s=1, stuck_s=10) is None
