@@ -158,7 +158,7 @@ class Server:
         return True
 
     async def close(self) -> None:
-        """End everything now, downloads included; waits only for handlers that may not be cancelled."""
+        """End everything now, downloads included; waits only, and at most `drain_s`, for handlers of unsafe methods."""
         if self._closed:
             return
         self._closed = self.draining = True
@@ -170,8 +170,11 @@ class Server:
             self._heartbeat.cancel()
         await self.sender.close()
         await self._readahead.close()
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        if self._tasks:
+            _, pending = await asyncio.wait(self._tasks, timeout=self.settings.drain_s)
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
         self._epoll.close()
 
     # What connections call.

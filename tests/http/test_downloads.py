@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import mmap
 import os
@@ -279,6 +280,18 @@ def test_a_post_ends_what_it_began(serve: Serve) -> None:
     server.loop.call_soon_threadsafe(server.application.release.set)
     assert server.application.finished.wait(10)
     assert not server.application.cancelled.is_set()
+
+
+def test_a_server_that_closes_waits_for_a_post_but_not_for_ever(serve: Serve) -> None:
+    server = serve(drain_s=0.3)
+    with server.connect() as client:
+        client.send("POST /wait HTTP/1.1\r\nHost: x\r\n" + AUTH + "Content-Length: 0\r\n\r\n")
+        assert server.application.started.wait(10)
+        closing = asyncio.run_coroutine_threadsafe(server.server.close(), server.loop)
+        assert client.ends()
+        assert not server.application.cancelled.is_set()
+        closing.result(10)
+        assert server.application.cancelled.is_set()
 
 
 def test_an_answer_that_waited_is_sent(serve: Serve) -> None:
