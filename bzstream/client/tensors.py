@@ -110,9 +110,9 @@ def _allocate(size: int, framework: str, *, pin: bool) -> tuple[memoryview, Any]
 
         tensor = torch.empty(size, dtype=torch.uint8, pin_memory=True)
         return memoryview(tensor.numpy()).cast("B"), tensor
-    area = mmap.mmap(-1, size)
+    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):
-        # 2 MiB pages: a tenth of the page faults' cost is left.
+        # 2 MiB pages: a fraction of the page faults' cost is left. (A shared mapping, mmap's default, gets none.)
         area.madvise(mmap.MADV_HUGEPAGE)
     if framework == "torch":
         import torch

@@ -14,6 +14,7 @@ import contextlib
 import re
 import socket
 import ssl
+import struct
 import time
 
 import h11
@@ -26,6 +27,8 @@ __all__ = ["Connection", "Reply", "tls_context"]
 
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
 _LENGTH_FORM = re.compile(r"[0-9]{1,18}", re.ASCII)
+_TCPI_RTT = 68
+"""Offset of tcpi_rtt (microseconds) in struct tcp_info, linux/tcp.h."""
 _FIRST_READ = 4096
 """Bytes of the read that gets a head: what it catches of the body is copied once, so it is kept small."""
 
@@ -88,12 +91,16 @@ class Connection:
             raw = socket.create_connection((address.host, address.port), tuning.connect_timeout_s)
         except (OSError, UnicodeError) as error:
             raise Unreachable(f"{address} cannot be reached: {_reason(error)}") from None
-        self.rtt = time.monotonic() - began
-        """Seconds of the TCP handshake, a name's lookup included."""
+        self.rtt = _handshake_rtt(raw, time.monotonic() - began)
+        """Seconds of a round trip, as the kernel measured it in the handshake."""
         try:
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            raw.settimeout(tuning.stall_s)
-            self._socket = raw if context is None else context.wrap_socket(raw, server_hostname=address.host)
+            if context is None:
+                _kernel_timeout(raw, tuning.stall_s)
+                self._socket = raw
+            else:
+                raw.settimeout(tuning.stall_s)
+                self._socket = context.wrap_socket(raw, server_hostname=address.host)
         except (OSError, ValueError) as error:
             raw.close()
             raise Unreachable(f"{address} does not complete a TLS handshake: {_reason(error)}") from None
@@ -112,7 +119,7 @@ class Connection:
         engine.send(h11.EndOfMessage())
         try:
             self._socket.sendall(request)
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             raise Stalled(f"{self.address} took no request for {self._tuning.stall_s:g} s") from None
         except OSError as error:
             raise Dropped(f"{self.address} closed the connection: {_reason(error)}") from None
@@ -140,7 +147,7 @@ class Connection:
                 view = view[: self.remaining]
             try:
                 count = self._socket.recv_into(view)
-            except TimeoutError:
+            except (TimeoutError, BlockingIOError):
                 raise Stalled(f"{self.address} sent no byte for {self._tuning.stall_s:g} s") from None
             except OSError as error:
                 raise Dropped(f"{self.address} dropped the connection: {_reason(error)}") from None
@@ -200,7 +207,7 @@ class Connection:
             raise Stalled(f"{self.address} is too slow with a small answer")
         try:
             return self._socket.recv(size)
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             raise Stalled(f"{self.address} sent no byte for {self._tuning.stall_s:g} s") from None
         except OSError as error:
             raise Dropped(f"{self.address} dropped the connection: {_reason(error)}") from None
@@ -234,6 +241,26 @@ class Connection:
                 return event
             if not isinstance(event, h11.InformationalResponse) or event.status_code == 101:
                 raise Misbehaved(f"{self.address} sent no HTTP response")
+
+
+def _handshake_rtt(sock: socket.socket, fallback: float) -> float:
+    """tcpi_rtt, which a busy processor does not stretch; `fallback` where the kernel does not tell."""
+    try:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        return float(struct.unpack_from("@I", info, _TCPI_RTT)[0]) / 1e6 or fallback
+    except (OSError, struct.error):
+        return fallback
+
+
+def _kernel_timeout(sock: socket.socket, seconds: float) -> None:
+    """Let the kernel end a wait (EAGAIN). Python's own time-out polls before each read, which costs a fast link 10% of
+    its processor time in wake-ups.
+    """
+    sock.settimeout(None)
+    whole, part = divmod(seconds, 1)
+    limit = struct.pack("@ll", int(whole), max(1, int(part * 1e6)))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
 def _says_close(response: h11.Response) -> bool:
