@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
 from bzstream.client.pull import pull
@@ -22,7 +22,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _awaitable(call: Callable[P, T], name: str) -> Callable[P, Any]:
+def _awaitable(call: Callable[P, T], name: str) -> Callable[P, Coroutine[Any, Any, T]]:
     @functools.wraps(call)
     async def run(*args: P.args, **kwargs: P.kwargs) -> T:
         import asyncio  # 20 ms that a command without a loop need not pay
@@ -52,8 +52,8 @@ def _awaitable(call: Callable[P, T], name: str) -> Callable[P, Any]:
     return run
 
 
-pull_async: Callable[..., Any] = _awaitable(pull, "pull_async")
+pull_async = _awaitable(pull, "pull_async")
 """`await pull_async(...)`: `pull` (a PullReport) without blocking the event loop."""
 
-fetch_tensors_async: Callable[..., Any] = _awaitable(fetch_tensors, "fetch_tensors_async")
+fetch_tensors_async = _awaitable(fetch_tensors, "fetch_tensors_async")
 """`await fetch_tensors_async(...)`: `fetch_tensors` without blocking the event loop."""
