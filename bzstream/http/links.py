@@ -21,6 +21,8 @@ class Link(Protocol):
     """What the connection and the sender need of a transport."""
 
     secure: bool
+    short_is_full: bool
+    """Whether `sendfile` sends less than it was asked only for want of room, so that trying again is in vain."""
 
     def recv(self, size: int) -> bytes | None:
         """Up to `size` bytes; b"" when the peer sends no more; None when nothing has come."""
@@ -50,6 +52,7 @@ class PlainLink:
     __slots__ = ("_fd", "_socket")
 
     secure = False
+    short_is_full = True
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock

@@ -160,11 +160,14 @@ class Transfer:
                     file.broken = True
                     raise Damaged(file)
             else:
-                moved = self._link.send(part, self.position + len(part) < self._length) or None
+                count = len(part)
+                moved = self._link.send(part, self.position + count < self._length) or None
             if moved is None:
                 return TransferState.BLOCKED
             self.taken += moved
             self.position += moved
+            if moved < count and self._link.short_is_full:
+                return TransferState.BLOCKED
         return TransferState.OVER if self._link.flush() else TransferState.BLOCKED
 
 
