@@ -24,6 +24,9 @@ from pathlib import Path
 from bench.peers.servers import Target, compiled, peak_memory, serving
 from bench.serve import FILE_SIZE, RANGE, warm_file
 
+CORE = "http core"
+"""bzstream's HTTP core over a file, in `peers/tiny.py`."""
+
 
 def discard(
     target: Target,
@@ -72,7 +75,7 @@ def evict(file: Path) -> None:
 
 def longest_stall(folder: Path, since: int) -> float:
     """Milliseconds: the longest stall that the worker has told beyond byte `since` of its log."""
-    lines = (folder / "bzstream.log").read_text()[since:].splitlines()
+    lines = (folder / "http-core.log").read_text()[since:].splitlines()
     return max((float(line.split()[1]) * 1000 for line in lines if line.startswith("stall")), default=0.0)
 
 
@@ -84,6 +87,7 @@ def resident(pid: int) -> int:
 def under_load(name: str, file: Path, folder: Path, counts: list[int], seconds: float) -> list[dict[str, object]]:
     """/health beside saturating downloads, warm and cold; a fresh server each time, so that stalls are its own."""
     rows: list[dict[str, object]] = []
+    label = "bzstream" if name == CORE else name
     for cold in (False, True):
         for count in counts:
             with ExitStack() as stack:
@@ -96,9 +100,15 @@ def under_load(name: str, file: Path, folder: Path, counts: list[int], seconds: 
                 time.sleep(seconds * 0.2)
                 latency = probe(target, folder, seconds * 0.7)
                 rate = result(load)
-                row: dict[str, object] = {"what": "health", "server": name, "downloads": count, "cold": cold, **latency}
+                row: dict[str, object] = {
+                    "what": "health",
+                    "server": label,
+                    "downloads": count,
+                    "cold": cold,
+                    **latency,
+                }
                 row["gb_s"] = rate["bytes"] / rate["seconds"] / 1e9
-                if name == "bzstream":
+                if name == CORE:
                     row["stall_ms"] = longest_stall(folder, 0)
                 rows.append(row)
     return rows
@@ -106,7 +116,7 @@ def under_load(name: str, file: Path, folder: Path, counts: list[int], seconds: 
 
 def memory(file: Path, folder: Path) -> dict[str, object]:
     """Resident bytes of a worker, and what a connection adds to it."""
-    with serving("bzstream", file, folder) as target, ExitStack() as stack:
+    with serving(CORE, file, folder) as target, ExitStack() as stack:
         probe(target, folder, 0.2)
         before = resident(target.pid)
         for _ in range(2000):
@@ -114,7 +124,7 @@ def memory(file: Path, folder: Path) -> dict[str, object]:
             client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert client.recv(4096).startswith(b"HTTP/1.1 200")
         idle = (resident(target.pid) - before) / 2000
-    with serving("bzstream", file, folder) as target, ExitStack() as stack:
+    with serving(CORE, file, folder) as target, ExitStack() as stack:
         probe(target, folder, 0.2)
         before = resident(target.pid)
         for _ in range(500):
@@ -130,7 +140,7 @@ def memory(file: Path, folder: Path) -> dict[str, object]:
 
 def fairness(file: Path, folder: Path, seconds: float) -> dict[str, object]:
     """Jain's index over 64 miners, every second one with 16 connections."""
-    with serving("bzstream", file, folder) as target:
+    with serving(CORE, file, folder) as target:
         load = discard(target, folder, 32 + 32 * 16, seconds, "X-Miner: miner-@", miners="1,16")
         found = result(load)
     return {"what": "fairness", "jain": found["jain"], "spread": found["fastest"] / max(found["slowest"], 1)}
@@ -138,7 +148,7 @@ def fairness(file: Path, folder: Path, seconds: float) -> dict[str, object]:
 
 def crowd(file: Path, folder: Path, seconds: float, size: int) -> dict[str, object]:
     """`size` connections that send nothing or a byte a second, beside eight downloads."""
-    with serving("bzstream", file, folder) as target, ExitStack() as stack:
+    with serving(CORE, file, folder) as target, ExitStack() as stack:
         alone = result(discard(target, folder, 8, seconds, ranged=False))
         address = (target.host, target.port)
         clients = [stack.enter_context(socket.create_connection(address)) for _ in range(size)]
@@ -178,7 +188,7 @@ def run(quick: bool = False) -> list[dict[str, object]]:
     with tempfile.TemporaryDirectory(prefix="bench-latency-") as name:
         folder = Path(name)
         file = warm_file(folder, FILE_SIZE)
-        for server in ("bzstream", "nginx aio"):
+        for server in (CORE, "nginx aio"):
             try:
                 rows += under_load(server, file, folder, counts, seconds)
             except (OSError, RuntimeError, subprocess.CalledProcessError) as error:

@@ -5,8 +5,10 @@ driven in the same run, in alternating rounds; medians are shown. Every answer's
 the client, and a single wrong one fails the row. Up to eight connections ask for whole files; more ask for ranges of
 64 MiB, so that answers also end while it is measured.
 
-`--url` adds a server that is already running, such as a whole node: `--url http://127.0.0.1:8000/model/partial
---header 'Authorization: Bearer …' --pid PID`.
+`bzstream` is the whole node, `bzstream serve` with its supervisor, chain role, tokens, logs and metrics, and its CPU is
+that of all its processes; `http core` is its HTTP room alone. The file is the slice that the node serves.
+`--url` adds a server that is already running: `--url http://127.0.0.1:8000/model/partial --header
+'Authorization: Bearer …' --pid PID`.
 """
 
 from __future__ import annotations
@@ -17,17 +19,20 @@ import os
 import statistics
 import subprocess
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+from bench.node import miners, publish_slices, serve
 from bench.peers.servers import PEERS, Target, compiled, cpu_seconds, peak_memory, serving
 
 FILE_SIZE = 2 << 30
 RANGE = 64 << 20
 HEALTH_PATH = "/health"
+NODE = "bzstream"
 
 
 @dataclass
@@ -91,15 +96,22 @@ def measure(row: Row, target: Target, seconds: float, folder: Path) -> None:
 
 
 def warm_file(folder: Path, size: int) -> Path:
-    """A file of random bytes that is in the page cache and on the disk."""
-    path = folder / "file"
-    block = os.urandom(1 << 20)
-    with path.open("wb") as file:
-        for _ in range(size >> 20):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
+    """A published slice of random bytes, about `size` of them, that is in the page cache and on the disk."""
+    publish_slices(folder / "store", groups=1, slice_bytes=size)
+    path = folder / "store" / "current" / "group-0.safetensors"
+    path.read_bytes()
     return path
+
+
+@contextmanager
+def whole_node(file: Path) -> Iterator[Target]:
+    """`bzstream serve` over the store that `warm_file` published."""
+    (miner,) = miners(1)
+    settings = {"BZ_HTTP_MAX_CONNECTIONS_PER_CALLER": "100000", "BZ_HTTP_MAX_CONNECTIONS": "100000"}
+    with serve(file.parent.parent, callers=[miner], environment=settings) as node:
+        fields = (f"Authorization: Bearer {miner.token}", f"X-Hotkey: {miner.hotkey}", "X-Expert-Group: 0")
+        path = "/model/partial?format=safetensors"
+        yield Target("127.0.0.1", node.port, path, file.stat().st_size, node.process.pid, fields)
 
 
 def run(
@@ -113,7 +125,7 @@ def run(
     external: dict[str, Target] | None = None,
 ) -> list[Row]:
     """Measure; a row per server, number of connections and kind of client. What is not installed has an error."""
-    names = names if names is not None else list(PEERS)
+    names = names if names is not None else [NODE, *PEERS]
     counts = counts or ([8] if quick else [1, 8, 64, 256, 1000])
     clients = clients or (["discard", "health"] if quick else ["discard", "copy", "health"])
     rounds = rounds or (1 if quick else 5)
@@ -125,7 +137,8 @@ def run(
         targets = dict(external or {})
         for name in names:
             try:
-                targets[name] = stack.enter_context(serving(name, file, folder))
+                started = whole_node(file) if name == NODE else serving(name, file, folder)
+                targets[name] = stack.enter_context(started)
             except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
                 rows.append(Row(name, 0, "", error=str(error)))
         for client in clients:
@@ -155,7 +168,7 @@ def show(rows: list[Row]) -> None:
         )
     for client, count in dict.fromkeys((row.client, row.connections) for row in rows if row.rates):
         these = {row.server: row for row in rows if (row.client, row.connections) == (client, count) and row.rates}
-        ours = these.pop("bzstream", None)
+        ours = these.pop(NODE, None)
         if ours is not None and these:
             ratios = ", ".join(f"{ours.rate / row.rate:.2f}x {name}" for name, row in these.items())
             print(f"bzstream, {client}, {count} connections: {ratios}")
@@ -165,7 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Server throughput beside the peers.")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--servers", help=f"comma-separated; default: {', '.join(PEERS)}")
+    parser.add_argument("--servers", help=f"comma-separated; default: {', '.join([NODE, *PEERS])}")
     parser.add_argument("--connections", help="comma-separated numbers")
     parser.add_argument("--clients", help="comma-separated: discard, copy, health")
     parser.add_argument("--rounds", type=int)

@@ -82,7 +82,7 @@ def _nginx(mode: str) -> Command:
 
 
 PEERS: dict[str, Command] = {
-    "bzstream": lambda file, port, folder: [sys.executable, "-m", "bench.peers.tiny", str(port)],
+    "http core": lambda file, port, folder: [sys.executable, "-m", "bench.peers.tiny", str(port)],
     "C sendfile": lambda file, port, folder: [str(compiled("sendfile.c", folder)), str(file), str(port)],
     **{name: _nginx(mode) for name, mode in NGINX_MODES.items()},
     "granian": lambda file, port, folder: [

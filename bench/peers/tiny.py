@@ -1,6 +1,6 @@
 """bzstream's HTTP core alone, with a file and a health check: `python -m bench.peers.tiny PORT`.
 
-The whole node is measured through `bench.serve`'s `--url`; this is the core beside its peers, without tokens.
+What the latency bench measures: the core without tokens, logs and metrics. `bench.serve` has the whole node too.
 """
 
 from __future__ import annotations
