@@ -5,6 +5,7 @@ Colours are Okabe and Ito's, which people with any colour vision can tell apart;
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,10 +44,7 @@ def draw(document: Mapping[str, Any], folder: Path) -> list[Path]:
             figure, axes = pyplot.subplots(figsize=size, layout="constrained")
             try:
                 if painter(document, axes):
-                    note = f"{document['date']}; {in_words(document['machine'])}" + (
-                        "; QUICK RUN: figures mean little" if document["quick"] else ""
-                    )
-                    figure.supxlabel(note, fontsize=6.5, color="#666666")
+                    figure.supxlabel(footer(document), fontsize=6.5, color="#666666")
                     for kind in ("png", "svg"):
                         path = folder / f"{name}.{kind}"
                         # No date inside: the same figures give the same file.
@@ -55,6 +53,13 @@ def draw(document: Mapping[str, Any], folder: Path) -> list[Path]:
             finally:
                 pyplot.close(figure)
     return files
+
+
+def footer(document: Mapping[str, Any]) -> str:
+    """When and on what it was measured, in lines that fit the narrowest plot."""
+    text = f"{document['date']}: {in_words(document['machine'])}"
+    warning = "\nQUICK RUN: shows that everything works; its figures mean little" if document["quick"] else ""
+    return textwrap.fill(text, 100) + warning
 
 
 def rows_of(document: Mapping[str, Any], bench: str) -> list[Row]:
