@@ -52,8 +52,10 @@ def demo(
             _round(stage)
             stage.console.print(f"\n[bold green]Everything held.[/] {time.monotonic() - started:.1f} s in all.")
             if serve:
+                ending = {signal.SIGINT, signal.SIGTERM}
+                signal.pthread_sigmask(signal.SIG_BLOCK, ending)  # sigwait needs them blocked (POSIX)
                 _invite(stage)
-                signal.sigwait({signal.SIGINT, signal.SIGTERM})
+                signal.sigwait(ending)
 
 
 def _write(stage: Stage) -> Path:

@@ -50,5 +50,5 @@ def test_demo_serve_prints_commands_that_work(tmp_path: Path) -> None:
             assert "unauthorized" not in done.stdout
         assert os.listdir(tmp_path / "my-group")
     finally:
-        demo.send_signal(signal.SIGINT)
+        demo.send_signal(signal.SIGTERM)  # a background job of a plain shell ignores SIGINT, and so do its children
         assert demo.wait(timeout=60) == 0

@@ -75,7 +75,11 @@ def test_ctrl_c_stops_at_once_and_the_next_call_goes_on(node: Node, payload: byt
     node.rate = 1e6
     command = [sys.executable, "-m", "bzstream", "pull", node.url, "--group", "0", "--hotkey", HOTKEY,
                "--out", str(tmp_path / "out"), "--connections", "1"]  # fmt: skip
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+        # A background job of a plain shell ignores SIGINT, and its children inherit that; a terminal's do not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + 30
     while node.sent < 1_000_000:
         assert time.monotonic() < deadline
