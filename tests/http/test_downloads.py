@@ -157,7 +157,8 @@ def test_callers_get_equal_shares(serve: Serve, tmp_path: Path) -> None:
         for number, total in enumerate(totals):
             taken[owners[number]] += total - begun[number]
         stop.set()
-    # A share a connection would be 0.66. The rest to 1 is these clients' own: what a quick one takes that a slow one left.
+    # A share a connection would be 0.66. The rest to 1 is these clients' own: what a quick one takes that a slow one
+    # left.
     # bench/latency.py measures the promised 0.97, with a client in C.
     assert sum(taken) ** 2 / (8 * sum(n * n for n in taken)) >= 0.9, taken
 
