@@ -133,7 +133,7 @@ def test_callers_get_equal_shares(serve: Serve, tmp_path: Path) -> None:
     """Four callers with 1 connection and four with 6, all saturating: Jain's index of their bytes."""
     path = tmp_path / "unit"
     with path.open("wb") as file:
-        file.truncate(4 << 30)  # sparse: the kernel sends its zeros from the cache like any page
+        file.truncate(8 << 30)  # sparse: the kernel sends its zeros from the cache like any page
     server = serve(path, quantum=256 * 1024, max_connections_per_caller=100)
     stop, memory = threading.Event(), bytearray(1 << 20)
     owners = [caller for caller in range(8) for _ in range(1 if caller < 4 else 6)]
@@ -147,20 +147,28 @@ def test_callers_get_equal_shares(serve: Serve, tmp_path: Path) -> None:
                 count = client.socket.recv_into(memory, 1 << 20, socket.MSG_TRUNC)
                 totals[number] += count
 
-    with ThreadPoolExecutor(len(owners)) as pool:
-        for number in range(len(owners)):
-            pool.submit(take, number)
-        wait_until(lambda: all(totals))
+    def jain(seconds: float) -> float:
+        """Jain's index of what the callers get in a window of time."""
         begun = list(totals)
-        time.sleep(1.5)
+        time.sleep(seconds)
         taken = [0] * 8
         for number, total in enumerate(totals):
             taken[owners[number]] += total - begun[number]
-        stop.set()
-    # A share a connection would be 0.66. The rest to 1 is these clients' own: what a quick one takes that a slow one
-    # left.
-    # bench/latency.py measures the promised 0.97, with a client in C.
-    assert sum(taken) ** 2 / (8 * sum(n * n for n in taken)) >= 0.9, taken
+        return float(sum(taken) ** 2 / (8 * sum(n * n for n in taken)))
+
+    with ThreadPoolExecutor(len(owners)) as pool:
+        for number in range(len(owners)):
+            pool.submit(take, number)
+        try:
+            wait_until(lambda: all(totals))
+            # Whatever else runs on the machine can hold these clients up in one window; a share a connection (0.66)
+            # stays unfair in all of them.
+            windows = [jain(0.5)]
+            while windows[-1] < 0.97 and len(windows) < 6:
+                windows.append(jain(0.5))
+        finally:
+            stop.set()
+    assert windows[-1] >= 0.97, windows
 
 
 def evict(path: Path) -> None:
