@@ -13,7 +13,7 @@ from typing import Literal
 
 from bzstream.api.documents import ModelIndex, UnitEntry, VersionEntry
 from bzstream.api.identity import Identity, authorise
-from bzstream.api.view import View
+from bzstream.api.view import RETRY_SOON, View
 from bzstream.http import HttpError, Representation, Request, Response
 from bzstream.model import Snapshot, Unit
 
@@ -26,8 +26,6 @@ _GROUP = re.compile(r"0|[1-9][0-9]{0,8}", re.ASCII)
 
 CACHE_CONTROL = ("Cache-Control", "no-cache, no-transform")
 """A cache must ask before it answers from a copy, and nothing on the way may re-encode tensors."""
-
-RETRY_SOON = (("Retry-After", "5"),)
 
 
 class Downloads:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from bzstream.api import documents
 from bzstream.api.documents import DuplicateBody, ScoreRow, Scores, SubmissionStatus
 from bzstream.api.identity import authorise, claimed_hotkey
-from bzstream.api.view import View
+from bzstream.api.view import RETRY_SOON, View
 from bzstream.http import HttpError, Request, Response
 from bzstream.submissions.intake import Refused, Situation, decide, read_body, refusal_of
 from bzstream.submissions.ledger import AsyncLedger, LedgerUnavailable
@@ -19,7 +19,6 @@ from bzstream.submissions.records import Accepted, Duplicate, Record
 __all__ = ["Submissions"]
 
 _ROUND = re.compile(r"0|[1-9][0-9]{0,15}", re.ASCII)
-RETRY_SOON = (("Retry-After", "5"),)
 _NO_STORE = (("Cache-Control", "no-store"),)
 
 

@@ -6,7 +6,6 @@ The worker's pollers (`worker.py`) put new values in; endpoints only read. Downl
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 
 from bzstream.api.tokens import TokensFile
@@ -17,7 +16,10 @@ from bzstream.config import Settings
 from bzstream.model import Library
 from bzstream.submissions.ledger import AsyncLedger
 
-__all__ = ["View"]
+__all__ = ["RETRY_SOON", "View"]
+
+RETRY_SOON = (("Retry-After", "5"),)
+"""Header fields of a 503: what is missing is looked for several times a second, so a few seconds are enough."""
 
 
 @dataclass(slots=True)
@@ -42,8 +44,3 @@ class View:
     @property
     def cycle(self) -> Cycle:
         return Cycle.of(self.settings.chain)
-
-    def fresh_chain(self) -> ChainState | None:
-        """The chain state, unless it is unknown or older than `chain.stale_s`."""
-        state = self.chain
-        return state if state is not None and state.age(time.time()) <= self.settings.chain.stale_s else None
