@@ -1,12 +1,10 @@
-"""The run queue: who sends next, and how much.
+"""The sender: threads that move the bytes of all downloads from the page cache to the sockets, by turns.
 
 A download is a `Transfer`. At any time it is *ready* (there may be room in its socket), *busy* (a thread is sending for
 it), *blocked* (the socket was full; the kernel will say when there is room) or *cold* (its next bytes are on their way
 from the disk). Only ready transfers stand in the queue.
 
-Whose turn it is, deficit round robin decides on two levels. Callers take turns, each with a quantum of bytes; inside a
-caller its connections take turns. So a miner with 64 connections gets one miner's share, and a miner with one
-connection gets the same. What a caller could not use for want of room it may use in its next turn, once.
+Whose turn it is, and for how many bytes, `turns.py` decides: fairly among callers, however many connections each has.
 
 The bytes never enter this process: sendfile moves them from the page cache to the socket, from explicit offsets, so
 that any number of downloads share one open file. Moving them is work for the kernel, and sendfile does it without the
@@ -25,13 +23,13 @@ import enum
 import os
 import select
 import threading
-from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
 from bzstream.http.bodies import Body
 from bzstream.http.links import Link
 from bzstream.http.readahead import ReadAhead, Residency
+from bzstream.http.turns import Flow, Turns
 from bzstream.payload import Extent, UnitFile
 
 __all__ = ["Damaged", "Sender", "Transfer", "TransferState"]
@@ -171,17 +169,6 @@ class Transfer:
         return TransferState.OVER if self._link.flush() else TransferState.BLOCKED
 
 
-class Flow:
-    """One caller's ready transfers, and the bytes that it may send in its turn."""
-
-    __slots__ = ("caller", "deficit", "ready")
-
-    def __init__(self, caller: str) -> None:
-        self.caller = caller
-        self.deficit = 0
-        self.ready: deque[Transfer] = deque()
-
-
 class Sender:
     """The queue and its threads. All methods are for the loop's thread; those with `_locked` need the lock."""
 
@@ -197,13 +184,11 @@ class Sender:
         """Transfers begun and not yet over."""
         self.sent = 0
         """Bytes sent since the start, heads included."""
-        self._quantum = quantum
         self._loop = loop
         self._readahead = readahead
         self._clock = clock
         self._lock = threading.Lock()
-        self._flows: dict[str, Flow] = {}
-        self._round: deque[Flow] = deque()
+        self._turns: Turns[Transfer] = Turns(quantum)
         self._idle = 0
         self._closed = False
         # Threads without work wait here for room in a socket, or for the bell: an eventfd, edge-triggered, so that
@@ -228,8 +213,8 @@ class Sender:
             if transfer.state is TransferState.BUSY:
                 transfer.dropped = then
                 return
-            if transfer.state is TransferState.READY and transfer.flow is not None:
-                transfer.flow.ready.remove(transfer)
+            if transfer.state is TransferState.READY:
+                self._turns.remove(transfer)
             self._retire_locked(transfer)
         self.active.discard(transfer)
         transfer.close()
@@ -287,7 +272,7 @@ class Sender:
                 self._note(events)
                 continue
             transfer, allowance = turn
-            taken, error = transfer.taken, None
+            before, error = transfer.taken, None
             if not transfer.first_sent:
                 transfer.first_sent = self._clock()
             try:
@@ -295,7 +280,8 @@ class Sender:
             except Exception as problem:
                 state, error = TransferState.OVER, problem
             with self._lock:
-                self._settle_locked(transfer, state, transfer.taken - taken, allowance, error)
+                sent = transfer.taken - before
+                self._settle_locked(transfer, state, sent, allowance - sent, error)
         self._ring()  # for the next thread
 
     def _note(self, events: list[tuple[int, int]]) -> None:
@@ -308,31 +294,19 @@ class Sender:
 
     def _pick_locked(self) -> tuple[Transfer, int] | None:
         """The transfer whose turn it is, now busy, and how much it may send."""
-        while self._round:
-            flow = self._round[0]
-            if not flow.ready:
-                self._round.popleft()
-                del self._flows[flow.caller]
-                continue
-            self._round.rotate(-1)
-            flow.deficit = min(flow.deficit + self._quantum, 2 * self._quantum)
-            if flow.deficit <= 0:
-                continue  # it overdrew its last turn by more than a quantum
-            transfer, allowance = flow.ready.popleft(), flow.deficit
-            flow.deficit = 0
-            transfer.state = TransferState.BUSY
-            if self._idle and (flow.ready or len(self._round) > 1):
+        turn = self._turns.take()
+        if turn is not None:
+            turn[0].state = TransferState.BUSY
+            if self._idle and self._turns:
                 self._ring()  # there may be work for another thread
-            return transfer, allowance
-        return None
+        return turn
 
     def _settle_locked(
-        self, transfer: Transfer, state: TransferState, sent: int, allowance: int, error: Exception | None
+        self, transfer: Transfer, state: TransferState, sent: int, rest: int, error: Exception | None
     ) -> None:
-        """A transfer's turn has ended."""
+        """A transfer's turn has ended, with `rest` of its allowance left."""
         self.sent += sent
-        if transfer.flow is not None:
-            transfer.flow.deficit += allowance - sent
+        self._turns.settle(transfer, rest)
         if transfer.dropped is not None:
             state = TransferState.OVER
         transfer.state = state
@@ -361,12 +335,7 @@ class Sender:
 
     def _enqueue_locked(self, transfer: Transfer) -> None:
         transfer.state = TransferState.READY
-        flow = self._flows.get(transfer.caller)
-        if flow is None:
-            flow = self._flows[transfer.caller] = Flow(transfer.caller)
-            self._round.append(flow)
-        transfer.flow = flow
-        flow.ready.append(transfer)
+        self._turns.add(transfer)
         if self._idle:
             self._ring()
 
