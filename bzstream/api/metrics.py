@@ -9,6 +9,7 @@ Labels are bounded: routes are patterns, units those of the store, methods the o
 
 from __future__ import annotations
 
+import logging
 import socket
 import traceback
 from pathlib import Path
@@ -102,21 +103,39 @@ class Telemetry:
     """`bzstream.http.Observer`: a log line and the figures for each request."""
 
     def __init__(self) -> None:
-        self._log = structlog.get_logger("http")
+        # Finding a metric's child by its labels costs more than counting. There are few: labels are bounded.
+        self._children: dict[tuple[str, str, int], tuple[Counter, Counter, Histogram]] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """The settings of the log have changed."""
+        self._log = structlog.get_logger("http").bind()
+        self._tells_health = self._log.is_enabled_for(logging.DEBUG)
 
     def on_request(self, record: RequestRecord) -> None:
         """Count and log one request: unit, bytes, seconds, caller; never a token, a signature or a raw target."""
         method = record.method if record.method in _METHODS else "other"
         route = record.route or "none"
-        REQUESTS.labels(method, route, str(record.status)).inc()
-        SENT.labels(route).inc(record.sent)
-        SECONDS.labels(route).observe(record.seconds)
+        children = self._children.get((method, route, record.status))
+        if children is None:
+            children = self._children[method, route, record.status] = (
+                REQUESTS.labels(method, route, str(record.status)),
+                SENT.labels(route),
+                SECONDS.labels(route),
+            )
+        requests, sent, seconds = children
+        requests.inc()
+        sent.inc(record.sent)
+        seconds.observe(record.seconds)
         if record.label:
             UNITS.labels(record.label, "complete" if record.complete else "broken_off").inc()
             UNIT_BYTES.labels(record.label).inc(record.sent)
             QUEUED.observe(record.queued)
         # Health checks come every second from every side; who wants to see them sets the level to debug.
-        log = self._log.debug if record.route == "/health" and record.status == 200 else self._log.info
+        healthy = record.route == "/health" and record.status == 200
+        if healthy and not self._tells_health:
+            return
+        log = self._log.debug if healthy else self._log.info
         log(
             "request",
             method=method,

@@ -43,7 +43,8 @@ async def run(
         ledger=None,
         loopback=ip_address(listener.getsockname()[0]).is_loopback,
     )
-    server = Server(settings.http, Api(view), Telemetry())
+    telemetry = Telemetry()
+    server = Server(settings.http, Api(view), telemetry)
     poll = settings.store.poll_s
     await _refresh_library(view)
     server.start([listener])
@@ -51,7 +52,7 @@ async def run(
         asyncio.create_task(_every(poll, lambda: _refresh_library(view))),
         asyncio.create_task(_every(poll, lambda: _refresh_files(view, server))),
         asyncio.create_task(_every(settings.ledger.poll_s, lambda: _refresh_chain(view))),
-        asyncio.create_task(_apply(changes, view, server)),
+        asyncio.create_task(_apply(changes, view, server, telemetry)),
     ]
     log.info("ready")
     try:
@@ -107,10 +108,11 @@ async def _refresh_chain(view: View) -> None:
         CHAIN_AGE.set(view.chain.age(time.time()))
 
 
-async def _apply(changes: asyncio.Queue[Settings], view: View, server: Server) -> None:
+async def _apply(changes: asyncio.Queue[Settings], view: View, server: Server, telemetry: Telemetry) -> None:
     """Put settings that were read again into force, as far as they can change while the worker runs."""
     while True:
         settings = await changes.get()
         view.settings = settings
         server.settings = settings.http
+        telemetry.refresh()
         log.info("settings in force")

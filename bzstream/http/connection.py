@@ -2,8 +2,8 @@
 
 The engine is `proceed`: it runs through the phases below for as long as there is something to do at once, and returns
 when it needs the peer, the application or the sender. Whoever brings news (the poller, a finished handler, a finished
-transfer, the wheel) notes it and calls `proceed` again. h11 owns framing and the HTTP state machine; it is handed one
-head or one piece of body at a time and, for answers, a body of which it only takes the length.
+transfer, the wheel) notes it and calls `proceed` again. h11 reads heads and bodies, one head or one piece of body at a
+time (`heads.py`, `incoming.py`).
 
     HEAD -> BODY -> HANDLING -> SENDING -> HEAD ...        with keep-alive
                         any -> SENDING -> LINGERING        after the last answer: our side is closed, input discarded
@@ -17,18 +17,17 @@ import enum
 import errno
 import select as poll
 from collections.abc import Awaitable, Coroutine
-from dataclasses import replace
 from functools import partial
-from inspect import isawaitable
 from math import inf
 from typing import TYPE_CHECKING
 
-import h11
+from msgspec.structs import replace
 
-from bzstream.http import framing
+from bzstream.http import framing, heads
+from bzstream.http.heads import RequestHead
 from bzstream.http.incoming import BodyReader, check_body_head, translate
 from bzstream.http.links import Link
-from bzstream.http.messages import PHRASES, Endpoint, HttpError, Request, Result
+from bzstream.http.messages import Endpoint, HttpError, Representation, Request, Response, Result
 from bzstream.http.observer import RequestRecord
 from bzstream.http.peers import caller_of
 from bzstream.http.selection import Answer, answer_for
@@ -64,8 +63,8 @@ class Connection:
     """A client's connection to the server that it was accepted by."""
 
     __slots__ = (
-        "_address", "_answer", "_bodiless", "_body", "_complete", "_endpoint", "_eof", "_inbox", "_last",
-        "_lead_body", "_lingered", "_link", "_loopback", "_moved", "_parser", "_readable", "_refusal", "_request",
+        "_address", "_answer", "_bodiless", "_body", "_complete", "_ending", "_endpoint", "_eof", "_head", "_inbox",
+        "_last", "_lead_body", "_lingered", "_link", "_loopback", "_moved", "_readable", "_refusal", "_request",
         "_scanned", "_server", "_started", "_taken", "_task", "_transfer", "deadline", "fd", "phase", "seat", "slot",
         "surplus",
     )  # fmt: skip
@@ -84,6 +83,7 @@ class Connection:
         """Accepted beyond the worker's limit, to be told so."""
         # What the poller and the wheel know.
         self._readable = False
+        self._ending = False
         self._eof = False
         self.deadline = inf
         self.slot = 0
@@ -100,7 +100,7 @@ class Connection:
     def _forget_request(self) -> None:
         """The state of a connection between two requests."""
         self._started = 0.0
-        self._parser: h11.Connection | None = None
+        self._head: RequestHead | None = None
         self._request: Request | None = None
         self._complete = False
         self._bodiless: bool | None = None
@@ -130,6 +130,7 @@ class Connection:
             return
         if events & (poll.EPOLLIN | poll.EPOLLRDHUP):
             self._readable = True
+            self._ending = self._ending or bool(events & poll.EPOLLRDHUP)
         self.proceed()
 
     def on_deadline(self, now: float) -> None:
@@ -199,6 +200,9 @@ class Connection:
         data = self._link.recv(_RECEIVE)
         if data:
             self._inbox += data
+            # After a short read there is nothing more, and whatever comes is news again (epoll(7)); but the peer's end
+            # is said only once.
+            self._readable = len(data) == _RECEIVE or self._ending or not self._link.short_is_empty
             return True
         self._readable = False
         self._eof = data is not None
@@ -211,9 +215,9 @@ class Connection:
                 # RFC 9112 2.2: empty lines before a request line are a relic, to be ignored.
                 self._inbox, self._scanned = self._inbox[2:], 0
             if self._inbox and self._inbox != b"\r":
-                if not self._started:
+                begun = bool(self._started)
+                if not begun:
                     self._started = self._server.clock()
-                    self._set_deadline(self._started + settings.head_timeout_s)
                 end = framing.find_head(self._inbox, self._scanned)
                 if max(end, len(self._inbox) if end < 0 else 0) > settings.max_head:
                     raise HttpError(431, "head_too_large", f"A request head has at most {settings.max_head} bytes.")
@@ -222,6 +226,8 @@ class Connection:
                     self._begin(head)
                     return
                 self._scanned = len(self._inbox)
+                if not begun:
+                    self._set_deadline(self._started + settings.head_timeout_s)
             if not self._fill():
                 break
         if self._eof:
@@ -234,20 +240,13 @@ class Connection:
         server = self._server
         settings = server.settings
         self._bodiless = head.startswith(b"HEAD ")
-        framing.check_head(head, settings.max_fields)
-        self._parser = parser = h11.Connection(h11.SERVER, max_incomplete_event_size=settings.max_head)
-        parser.receive_data(head)
-        try:
-            event = parser.next_event()
-            assert isinstance(event, h11.Request)
-            self._complete = isinstance(parser.next_event(), h11.EndOfMessage)
-        except h11.RemoteProtocolError:
-            raise framing.malformed("The request head does not follow HTTP/1.1.") from None
-        request = translate(event, self._address, self._link.secure, self._loopback, server.proxies)
+        self._head = understood = heads.read_head(head, settings.max_fields)
+        self._complete = not understood.has_body
+        request = translate(understood, self._address, self._link.secure, self._loopback, server.proxies)
         self._request = request
         self._endpoint = server.application.admit(request)
         if not self._complete:
-            check_body_head(request, parser.their_http_version, settings.max_body)
+            check_body_head(understood, settings.max_body)
         refusal = None if self._endpoint.always else server.refusal(self, request.caller)
         if refusal is not None and request.method not in _SAFE:
             raise refusal
@@ -256,11 +255,12 @@ class Connection:
             self._handle()
             return
         self.phase = Phase.BODY
+        parser = heads.body_parser(head)
         self._body = BodyReader(parser, settings.max_body, chunked="transfer-encoding" in request.headers)
         self._set_deadline(server.clock() + settings.body_timeout_s)
         if parser.they_are_waiting_for_100_continue and not self._inbox:
-            interim = parser.send(h11.InformationalResponse(status_code=100, headers=[], reason="Continue"))
-            if self._link.send(interim or b"", False) != len(interim or b""):
+            interim = heads.write_head(100, ())
+            if self._link.send(interim, False) != len(interim):
                 raise ConnectionError("no room for the first 25 bytes")
         self._read_body()
 
@@ -290,13 +290,13 @@ class Connection:
         assert self._request is not None
         self.phase, self.deadline = Phase.HANDLING, inf
         result = self._endpoint.handle(self._request)
-        if isawaitable(result):
-            self._task = self._server.spawn(self._wait_for(result))
-            if isinstance(result, Coroutine):
-                # A task that is cancelled before its first step never comes to await the handler.
-                self._task.add_done_callback(lambda _: result.close())
-        else:
+        if isinstance(result, Response | Representation):
             self._respond(result)
+            return
+        self._task = self._server.spawn(self._wait_for(result))
+        if isinstance(result, Coroutine):
+            # A task that is cancelled before its first step never comes to await the handler.
+            self._task.add_done_callback(lambda _: result.close())
 
     async def _wait_for(self, pending: Awaitable[Result]) -> None:
         """Run a handler. The answer begins in the very step in which it returns, before anything can be released."""
@@ -326,8 +326,8 @@ class Connection:
         try:
             try:
                 head = self._frame(result)
-            except h11.LocalProtocolError as error:
-                # A header field of the application's that h11 refuses. Nothing of the answer has gone out.
+            except ValueError as error:
+                # A header field of the application's that cannot be sent. Nothing of the answer has gone out.
                 head = self._frame(self._failure(error))
             self._begin_sending(head)
         except OSError:
@@ -340,32 +340,20 @@ class Connection:
         """Make the answer, settle whether it is the connection's last, and return its head."""
         server, request = self._server, self._request
         self._answer = answer = answer_for(result, request, server.wall_clock())
-        parser = self._parser
-        if request is None or parser is None:
-            # An answer to what was not understood, or came only in part, is framed as one to HTTP/1.0: it closes.
-            if self._bodiless is None:
-                self._bodiless = self._inbox.startswith(b"HEAD ")
-            self._parser = parser = h11.Connection(h11.SERVER)
-            parser.receive_data(b"HEAD / HTTP/1.0\r\n\r\n" if self._bodiless else b"GET / HTTP/1.0\r\n\r\n")
-            parser.next_event()
         fields = [("Date", server.date()), ("Server", "bzstream"), *answer.headers]
         if answer.length is not None:
             fields.append(("Content-Length", str(answer.length)))
         # Input that was not understood, or not read to its request's end, would be taken for the next request.
         self._complete = self._complete and request is not None
-        if not self._complete or server.draining or self._refusal is not None:
+        persistent = self._head is not None and self._head.persistent
+        self._last = not (self._complete and persistent) or server.draining or self._refusal is not None
+        if self._last:
             fields.append(("Connection", "close"))
-        response = h11.Response(status_code=answer.status, headers=fields, reason=PHRASES.get(answer.status, ""))
-        head = parser.send(response)
-        assert head is not None
+        if self._bodiless is None:
+            self._bodiless = self._inbox.startswith(b"HEAD ")
         if self._bodiless:
-            self._answer = answer = replace(answer, body=b"")
-        if len(answer.body):
-            # h11 asks a body for nothing but its length, so that a payload can stand in for its bytes.
-            parser.send_with_data_passthrough(h11.Data(data=answer.body))  # type: ignore[arg-type]
-        parser.send(h11.EndOfMessage())
-        self._last = not self._complete or parser.our_state is h11.MUST_CLOSE
-        return head
+            self._answer = replace(answer, body=b"")
+        return heads.write_head(answer.status, fields)
 
     def _begin_sending(self, head: bytes) -> None:
         """Send a short answer at once; leave a long one, or what there is no room for, to the sender."""

@@ -1,40 +1,37 @@
-"""From h11's events to the application's `Request`: the head translated, the body bounded. No I/O."""
+"""From what came in to the application's `Request`: the head translated, the body bounded. No I/O."""
 
 from __future__ import annotations
 
 import h11
 
-from bzstream.http.framing import malformed, split_target
-from bzstream.http.messages import Headers, HttpError, Request
+from bzstream.http.framing import malformed
+from bzstream.http.heads import RequestHead
+from bzstream.http.messages import HttpError, Request
 from bzstream.http.peers import TrustedProxies, caller_of
 
 __all__ = ["BodyReader", "check_body_head", "translate"]
 
 
-def translate(event: h11.Request, address: str, secure: bool, loopback: bool, proxies: TrustedProxies) -> Request:
-    """h11's request as the application's. `address`, `secure`, `loopback`: of the connection itself.
-
-    Raises HttpError 400 for a target that is no path.
-    """
-    method, target = event.method.decode("ascii"), event.target.decode("ascii")
-    headers = Headers([(name.decode("ascii"), value.decode("latin-1")) for name, value in event.headers])
-    path, query = split_target(method, target)
+def translate(head: RequestHead, address: str, secure: bool, loopback: bool, proxies: TrustedProxies) -> Request:
+    """A head as the application's request. `address`, `secure`, `loopback`: of the connection itself."""
     peer = address
     if peer in proxies:
-        secure = secure or (headers.list("x-forwarded-proto") or "").lower() == "https"
-        peer = proxies.resolve(peer, headers)
-    return Request(method, target, path, query, headers, peer, caller_of(peer), loopback, secure)
+        secure = secure or (head.headers.list("x-forwarded-proto") or "").lower() == "https"
+        peer = proxies.resolve(peer, head.headers)
+    return Request(
+        head.method, head.target, head.path, head.query, head.headers, peer, caller_of(peer), loopback, secure
+    )
 
 
-def check_body_head(request: Request, http_version: bytes | None, limit: int) -> None:
+def check_body_head(head: RequestHead, limit: int) -> None:
     """What can be said of a body before a byte of it has come: raises HttpError 413 (too long) or 417."""
-    length = request.headers.get("content-length")
+    length = head.headers.get("content-length")
     # Nineteen digits are too many for any limit without being made a number (int() of long text is slow).
     if length is not None and (len(length.lstrip("0")) > 19 or int(length) > limit):
         raise _too_large(limit)
-    expected = request.headers.list("expect")
+    expected = head.headers.list("expect")
     # RFC 9110 10.1.1: an expectation in an HTTP/1.0 request is ignored.
-    if expected is not None and expected.lower() != "100-continue" and http_version != b"1.0":
+    if expected is not None and expected.lower() != "100-continue" and head.http_version != b"1.0":
         raise HttpError(417, "expectation_failed", "The only expectation that can be met is 100-continue.")
 
 

@@ -21,6 +21,8 @@ class Link(Protocol):
     """What the connection and the sender need of a transport."""
 
     secure: bool
+    short_is_empty: bool
+    """Whether `recv` returns less than it was asked for only when nothing more has come."""
     short_is_full: bool
     """Whether `sendfile` sends less than it was asked only for want of room, so that trying again is in vain."""
 
@@ -52,6 +54,7 @@ class PlainLink:
     __slots__ = ("_fd", "_socket")
 
     secure = False
+    short_is_empty = True
     short_is_full = True
 
     def __init__(self, sock: socket.socket) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+import msgspec
 
 from bzstream.http.messages import Endpoint, Request
 
 __all__ = ["Application", "Observer", "RequestRecord", "SilentObserver"]
 
 
-@dataclass(frozen=True, slots=True)
-class RequestRecord:
+class RequestRecord(msgspec.Struct, frozen=True):
     """One answered request, told when its last byte was handed to the kernel or its connection was lost.
 
     A request whose client went away before there was an answer is told with status 499 (nginx's convention).

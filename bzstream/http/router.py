@@ -41,10 +41,11 @@ class _Route:
 class Router:
     """A table of routes; routes without names win over those with."""
 
-    __slots__ = ("_literal", "_named")
+    __slots__ = ("_as_written", "_literal", "_named")
 
     def __init__(self) -> None:
         self._literal: dict[tuple[str, ...], _Route] = {}
+        self._as_written: dict[str, _Route] = {}
         self._named: list[_Route] = []
 
     def add(self, method: str, pattern: str, endpoint: Endpoint) -> None:
@@ -53,6 +54,7 @@ class Router:
         segments = tuple(pattern.split("/")[1:])
         if "{" not in pattern:
             route = self._literal.setdefault(segments, _Route(pattern, segments))
+            self._as_written[pattern] = route
         else:
             found = [route for route in self._named if route.pattern == pattern]
             route = found[0] if found else _Route(pattern, segments)
@@ -70,22 +72,26 @@ class Router:
         if request.path == "*":
             request.route = "*"
             return Endpoint(self._options)
-        segments = tuple(unquote(segment) for segment in request.path.split("/")[1:])
-        route = self._literal.get(segments)
-        params: dict[str, str] | None = {}
+        route = self._as_written.get(request.path)
         if route is None:
-            for route in self._named:
-                if (params := route.match(segments)) is not None:
-                    break
-            else:
-                raise HttpError(404, "not_found", "There is nothing at this path.")
+            route = self._decoded(request)
         request.route = route.pattern
-        request.params = params or {}
         endpoint = route.endpoints.get(request.method)
         if endpoint is None:
             allow = route.allow()
             raise HttpError(405, "method_not_allowed", f"This path answers {allow}, nothing else.", (("Allow", allow),))
         return endpoint
+
+    def _decoded(self, request: Request) -> _Route:
+        """The route of a path by its decoded segments; fills in `params`."""
+        segments = tuple(unquote(segment) for segment in request.path.split("/")[1:])
+        if (literal := self._literal.get(segments)) is not None:
+            return literal
+        for route in self._named:
+            if (params := route.match(segments)) is not None:
+                request.params = params
+                return route
+        raise HttpError(404, "not_found", "There is nothing at this path.")
 
     def _options(self, request: Request) -> Response:
         """`OPTIONS *` (RFC 9110 9.3.7): what the server as a whole can do."""

@@ -6,7 +6,8 @@ Pure but for the boundary of a multipart answer, which is random, so that no con
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+
+import msgspec
 
 from bzstream.http import conditional, ranges
 from bzstream.http.bodies import Body, byteranges
@@ -19,8 +20,7 @@ _KEPT_BY_304 = frozenset({"cache-control", "content-location", "expires", "vary"
 """Beside ETag and Date: the fields of a 200 that a 304 must repeat (RFC 9110 15.4.5)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """A response ready for framing. `length` is Content-Length, None for 304 and 204; HEAD sends no body of it."""
 
     status: int

@@ -94,6 +94,7 @@ class TlsLink:
     __slots__ = ("_kernel", "_retry", "_socket", "_tls")
 
     secure = True
+    short_is_empty = False
     short_is_full = False
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext) -> None:

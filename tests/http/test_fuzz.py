@@ -82,6 +82,7 @@ class MemoryLink:
     """A link that receives given pieces and keeps what is sent."""
 
     secure = False
+    short_is_empty = False
     short_is_full = True
 
     def __init__(self, pieces: list[bytes], *, eof: bool) -> None:

@@ -17,6 +17,7 @@ from bzstream.http.bodies import Joined, byteranges
 from bzstream.http.conditional import evaluate, range_applies
 from bzstream.http.dates import format_date, parse_date
 from bzstream.http.framing import check_head, find_head, split_target
+from bzstream.http.heads import body_parser, read_head, write_head
 from bzstream.http.incoming import BodyReader
 from bzstream.http.peers import TrustedProxies, caller_of
 from bzstream.http.ranges import Span
@@ -315,6 +316,57 @@ def test_targets(method: str, target: str, expected: tuple[str, str] | None) -> 
             split_target(method, target)
     else:
         assert split_target(method, target) == expected
+
+
+@pytest.mark.parametrize(
+    ("version", "fields", "persistent"),
+    [
+        (b"1.1", b"", True),
+        (b"1.1", b"Connection: keep-alive\r\n", True),
+        (b"1.1", b"Connection: foo, Close\r\n", False),
+        (b"1.2", b"", True),
+        (b"1.0", b"", False),
+        (b"1.0", b"Connection: keep-alive\r\n", False),
+    ],
+)
+def test_whether_a_client_goes_on(version: bytes, fields: bytes, persistent: bool) -> None:
+    assert read_head(b"GET / HTTP/" + version + b"\r\nHost: x\r\n" + fields + b"\r\n", 10).persistent is persistent
+
+
+@pytest.mark.parametrize(
+    ("fields", "has_body"),
+    [
+        (b"", False),
+        (b"Content-Length: 0\r\n", False),
+        (b"Content-Length: 1\r\n", True),
+        (b"Transfer-Encoding: chunked\r\n", True),
+    ],
+)
+def test_whether_a_body_follows(fields: bytes, has_body: bool) -> None:
+    head = b"POST / HTTP/1.1\r\nHost: x\r\n" + fields + b"\r\n"
+    assert read_head(head, 10).has_body is has_body
+    assert (body_parser(head).next_event() is h11.NEED_DATA) is has_body
+
+
+def test_short_heads_are_remembered_and_refusals_are_not_confused() -> None:
+    head = b"GET /remembered HTTP/1.1\r\nHost: x\r\nA: b\r\n\r\n"
+    assert read_head(head, 10) is read_head(bytes(bytearray(head)), 10)
+    with pytest.raises(HttpError, match="more than 1 header"):
+        read_head(head, 1)
+    long = head[:-2] + b"B: " + b"b" * 2000 + b"\r\n\r\n"
+    assert read_head(long, 10) is not read_head(long, 10)
+    assert read_head(long, 10).headers.get("b") == "b" * 2000
+
+
+@pytest.mark.parametrize("value", ["a\r\nb: c", "a\n", "a\r", "\0", "\u20ac"])
+def test_a_field_that_would_end_the_head_is_not_written(value: str) -> None:
+    with pytest.raises(ValueError, match=r"line end|latin-1"):
+        write_head(200, (("X", value),))
+
+
+def test_an_answers_head() -> None:
+    assert write_head(404, (("A", "1"), ("B", "\xe9"))) == b"HTTP/1.1 404 Not Found\r\nA: 1\r\nB: \xe9\r\n\r\n"
+    assert write_head(299, ()) == b"HTTP/1.1 299 \r\n\r\n"
 
 
 def reader(head: bytes, limit: int = 20) -> BodyReader:
