@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,12 +22,16 @@ class MissingPeer(Exception):
     """A program that a bench needs is not on this machine; the text says which and how to get it."""
 
 
-def compiled(source: Path) -> Path:
-    """The program that `source` compiles to. Raises MissingPeer without a C compiler, CalledProcessError for bad C."""
+def compiled(source: Path, *libraries: str) -> Path:
+    """The program that `source` compiles to, linked with `libraries` ("ssl" for -lssl).
+
+    Raises MissingPeer without a C compiler or a library's headers, CalledProcessError for bad C.
+    """
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise MissingPeer("no C compiler is here; install one with: apt-get install gcc libc6-dev")
-    name = hashlib.sha256(source.read_bytes() + " ".join(_FLAGS).encode()).hexdigest()[:16]
+    linked = [f"-l{library}" for library in libraries]
+    name = hashlib.sha256(source.read_bytes() + " ".join([*_FLAGS, *linked]).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"bzstream-bench-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
@@ -34,6 +39,12 @@ def compiled(source: Path) -> Path:
     program = folder / f"{source.stem}-{name}"
     if not program.exists():
         fresh = program.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler, *_FLAGS, "-o", str(fresh), str(source)], check=True)
+        done = subprocess.run(
+            [compiler, *_FLAGS, "-o", str(fresh), str(source), *linked], check=False, capture_output=True, text=True
+        )
+        if linked and "fatal error" in done.stderr and "No such file" in done.stderr:
+            raise MissingPeer(f"{source.name} needs the headers of {', '.join(libraries)}; for ssl: libssl-dev")
+        sys.stderr.write(done.stderr)
+        done.check_returncode()
         fresh.replace(program)
     return program

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ import psutil
 from bzstream.chain.keys import encode_hotkey
 from bzstream.model import publish_state_dict
 
-__all__ = ["Cost", "Miner", "Node", "miners", "publish_slices", "serve"]
+__all__ = ["Cost", "Miner", "Node", "miners", "publish_slices", "serve", "write_chain"]
 
 VERSION, BLOCK = "bench", 12345
 START_S, STOP_S = 60.0, 15.0
@@ -79,14 +80,16 @@ def publish_slices(store: Path, *, groups: int, slice_bytes: int) -> None:
 class Node:
     """A running `bzstream serve` on loopback."""
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int, store: Path) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], port: int, store: Path, tls: Path | None = None) -> None:
+        """`tls`: the certificate to trust when the node speaks HTTPS."""
         self.process = process
         self.port = port
         self.store = store
+        self._trusted = ssl.create_default_context(cafile=str(tls)) if tls else None
 
     def head(self, path: str, headers: Mapping[str, str]) -> http.client.HTTPMessage:
         """The header fields of a HEAD request. Raises RuntimeError when the status is not 200."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = self._connect()
         try:
             connection.request("HEAD", path, headers=dict(headers))
             answer = connection.getresponse()
@@ -99,13 +102,18 @@ class Node:
 
     def health(self) -> dict[str, object]:
         """What /health says. Raises OSError while nobody listens."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = self._connect()
         try:
             connection.request("GET", "/health")
             found: dict[str, object] = json.loads(connection.getresponse().read())
             return found
         finally:
             connection.close()
+
+    def _connect(self) -> http.client.HTTPConnection:
+        if self._trusted is None:
+            return http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=30, context=self._trusted)
 
     def cost(self) -> Cost:
         """CPU time and peak memory of the supervisor and its children together."""
@@ -120,29 +128,46 @@ class Node:
         return Cost(cpu, memory)
 
 
+def write_chain(folder: Path, block: int) -> Path:
+    """Put the simulated chain of the nodes whose store lies in `folder` at `block`, where it stays; its file."""
+    chain, new = folder / "chain.json", folder / "chain.json.new"
+    new.write_text(json.dumps({"block": block, "block_seconds": 0, "validators": [], "miners": None}))
+    new.replace(chain)
+    return chain
+
+
 @contextmanager
 def serve(
-    store: Path, *arguments: str, callers: list[Miner] | None = None, environment: Mapping[str, str] | None = None
+    store: Path,
+    *arguments: str,
+    callers: list[Miner] | None = None,
+    environment: Mapping[str, str] | None = None,
+    block: int = BLOCK,
+    evaluator: bool = False,
+    tls: tuple[Path, Path] | None = None,
 ) -> Iterator[Node]:
-    """Serve a store until the block ends. `environment` adds BZ_* variables, `arguments` flags of `serve`."""
-    place = store.parent
-    tokens = place / "tokens.toml"
+    """Serve a store until the block ends. `environment` adds BZ_* variables, `arguments` flags of `serve`.
+
+    `tls`: certificate and key. Several nodes may serve one store side by side, each with its own tokens and ledger.
+    """
+    place, port = store.parent, free_port()
+    tokens, log = place / f"tokens-{port}.toml", place / f"node-{port}.log"
     tokens.touch(mode=0o600)
     tokens.write_text("".join(f'"{who.token}" = "{who.hotkey}"\n' for who in callers or []), encoding="utf-8")
-    chain = {"block": BLOCK, "block_seconds": 0, "validators": [], "miners": None}
-    (place / "chain.json").write_text(json.dumps(chain), encoding="utf-8")
-    port = free_port()
     command = [
         *(sys.executable, "-m", "bzstream", "serve", "--store", str(store), "--port", str(port)),
-        *("--chain-file", str(place / "chain.json"), "--no-evaluator", *arguments),
+        *("--chain-file", str(write_chain(place, block)), "--ledger", str(place / f"ledger-{port}.sqlite")),
+        *(() if evaluator else ("--no-evaluator",)),
+        *(("--tls-cert", str(tls[0]), "--tls-key", str(tls[1])) if tls else ()),
+        *arguments,
     ]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("BZ_")}
     own = {"BZ_AUTH_TOKEN": secrets.token_hex(32), "BZ_TOKENS_FILE": str(tokens), "BZ_LOG_LEVEL": "error"}
-    with (place / "node.log").open("wb") as output:
+    with log.open("wb") as output:
         process = subprocess.Popen(command, env={**clean, **own, **(environment or {})}, stdout=output, stderr=output)
-    node = Node(process, port, store)
+    node = Node(process, port, store, tls[0] if tls else None)
     try:
-        _wait_until_healthy(node, place / "node.log")
+        _wait_until_healthy(node, log)
         yield node
     finally:
         process.terminate()

@@ -26,13 +26,16 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
-from bench.node import miners, publish_slices, serve
+from bench.node import Miner, miners, publish_slices, serve
 from bench.peers.servers import PEERS, Target, compiled, cpu_seconds, peak_memory, serving
 
 FILE_SIZE = 2 << 30
 RANGE = 64 << 20
 HEALTH_PATH = "/health"
 NODE = "bzstream"
+SLICE = "/model/partial?format=safetensors"
+UNLIMITED = {"BZ_HTTP_MAX_CONNECTIONS_PER_CALLER": "100000", "BZ_HTTP_MAX_CONNECTIONS": "100000"}
+"""One caller may have all connections: a bench has fewer callers than connections."""
 
 
 @dataclass
@@ -104,14 +107,16 @@ def warm_file(folder: Path, size: int) -> Path:
 
 
 @contextmanager
-def whole_node(file: Path) -> Iterator[Target]:
-    """`bzstream serve` over the store that `warm_file` published."""
+def whole_node(file: Path, *arguments: str, tls: tuple[Path, Path] | None = None) -> Iterator[Target]:
+    """`bzstream serve` over the store that `warm_file` published; `arguments` and `tls` as `bench.node.serve` has."""
     (miner,) = miners(1)
-    settings = {"BZ_HTTP_MAX_CONNECTIONS_PER_CALLER": "100000", "BZ_HTTP_MAX_CONNECTIONS": "100000"}
-    with serve(file.parent.parent, callers=[miner], environment=settings) as node:
-        fields = (f"Authorization: Bearer {miner.token}", f"X-Hotkey: {miner.hotkey}", "X-Expert-Group: 0")
-        path = "/model/partial?format=safetensors"
-        yield Target("127.0.0.1", node.port, path, file.stat().st_size, node.process.pid, fields)
+    with serve(file.parent.parent, *arguments, callers=[miner], environment=UNLIMITED, tls=tls) as node:
+        yield Target("127.0.0.1", node.port, SLICE, file.stat().st_size, node.process.pid, fields_of(miner))
+
+
+def fields_of(miner: Miner) -> tuple[str, ...]:
+    """The header fields with which a miner asks for the slice of group 0."""
+    return f"Authorization: Bearer {miner.token}", f"X-Hotkey: {miner.hotkey}", "X-Expert-Group: 0"
 
 
 def run(

@@ -6,7 +6,8 @@
  * buffer instead). Every connection asks for PATH, which has SIZE bytes, again and again; with RANGE > 0 for that many
  * bytes at a time, walking through the file. Each answer's status and Content-Length are checked, and that exactly so
  * many bytes follow. An @ in a HEADER stands for the number of the connection's miner; miners have, by turns, as many
- * connections as DISCARD_MINERS in the environment says (such as "1,16"; one by default).
+ * connections as DISCARD_MINERS in the environment says (such as "1,16"; one by default). With DISCARD_FIELDS, a file,
+ * each miner sends the header fields of its own line too, separated by tabs.
  *
  * Prints one JSON line: bytes and seconds of the window after a warm-up, answers completed, the longest wait for a first
  * byte, over the miners the fewest and the most bytes and Jain's index, and the first error.
@@ -32,6 +33,7 @@ struct conn {
 };
 
 static const char *path, *headers = "";
+static char **fields; /* of each miner */
 static char host[64];
 static long long range_size, file_size, answers, counted;
 static double first_byte_max;
@@ -54,6 +56,7 @@ static void ask(struct conn *c) {
         if (*h == '@') n += snprintf(text + n, sizeof text - n, "%d", c->miner);
         else text[n++] = *h;
     }
+    if (fields) n += snprintf(text + n, sizeof text - n, "%s\r\n", fields[c->miner]);
     if (range_size) {
         if (c->next + range_size > file_size) c->next = 0;
         n += snprintf(text + n, sizeof text - n, "Range: bytes=%lld-%lld\r\n", c->next, c->next + range_size - 1);
@@ -88,6 +91,21 @@ static void got(struct conn *c, long long n) {
     if (c->left == 0) { answers++; ask(c); }
 }
 
+static void read_fields(const char *name, int miners) {
+    FILE *file = fopen(name, "r");
+    fields = calloc(miners, sizeof *fields);
+    for (int i = 0; i < miners; i++) {
+        char line[1024], *to = fields[i] = malloc(2 * sizeof line);
+        if (!file || !fgets(line, sizeof line, file)) { fprintf(stderr, "%s has too few lines\n", name); exit(1); }
+        for (char *c = line; *c && *c != '\n'; c++) {
+            if (*c == '\t') *to++ = '\r', *to++ = '\n';
+            else *to++ = *c;
+        }
+        *to = 0;
+    }
+    if (file) fclose(file);
+}
+
 int main(int argc, char **argv) {
     if (argc < 9) return 2;
     int connections = atoi(argv[5]), copy = atoi(argv[7]);
@@ -110,6 +128,7 @@ int main(int argc, char **argv) {
         for (int n = atoi(size); n-- && i < connections; i++) conns[i].miner = miners;
         size = strchr(size, ',') ? strchr(size, ',') + 1 : sizes;
     }
+    if (getenv("DISCARD_FIELDS")) read_fields(getenv("DISCARD_FIELDS"), miners);
     for (int i = 0; i < connections; i++) {
         struct conn *c = &conns[i];
         c->fd = socket(AF_INET, SOCK_STREAM, 0);

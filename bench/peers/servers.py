@@ -39,14 +39,14 @@ def compiled(source: str, folder: Path) -> Path:
 
 
 NGINX = """
-{user}daemon off; worker_processes 1; error_log {folder}/error.log; pid {folder}/pid;
+{user}daemon off; worker_processes {workers}; error_log {folder}/error.log; pid {folder}/pid;
 events {{ worker_connections 8192; }}
 http {{
     access_log off; keepalive_requests 1000000000; {mode}
     client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
     uwsgi_temp_path {folder}; scgi_temp_path {folder};
     server {{
-        listen 127.0.0.1:{port} backlog=4096;
+        listen 127.0.0.1:{port} backlog=4096{tls};
         location = /file {{ alias {file}; }}
         location = /health {{
             default_type application/json;
@@ -65,18 +65,22 @@ NGINX_MODES = {
 Command = Callable[[Path, int, Path], list[str]]
 
 
-def _nginx(mode: str) -> Command:
+def nginx(mode: str, *, workers: int = 1, tls: tuple[Path, Path] | None = None) -> Command:
+    """nginx in one of `NGINX_MODES` or with other settings; `tls`: certificate and key."""
+
     def command(file: Path, port: int, folder: Path) -> list[str]:
-        nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
-        if nginx is None:
+        program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+        if program is None:
             raise FileNotFoundError("nginx is not installed")
         home = folder / f"nginx-{port}"
         home.mkdir()
         config = home / "nginx.conf"
         # Started by root it would drop to an account that may not read the scratch folder.
         user = "user root; " if os.geteuid() == 0 else ""
-        config.write_text(NGINX.format(user=user, folder=home, mode=mode, port=port, file=file))
-        return [nginx, "-c", str(config), "-e", str(home / "error.log")]
+        more = f"{mode} ssl_certificate {tls[0]}; ssl_certificate_key {tls[1]};" if tls else mode
+        parts = {"user": user, "workers": workers, "folder": home, "mode": more, "port": port, "file": file}
+        config.write_text(NGINX.format(**parts, tls=" ssl" if tls else ""))
+        return [program, "-c", str(config), "-e", str(home / "error.log")]
 
     return command
 
@@ -84,7 +88,7 @@ def _nginx(mode: str) -> Command:
 PEERS: dict[str, Command] = {
     "http core": lambda file, port, folder: [sys.executable, "-m", "bench.peers.tiny", str(port)],
     "C sendfile": lambda file, port, folder: [str(compiled("sendfile.c", folder)), str(file), str(port)],
-    **{name: _nginx(mode) for name, mode in NGINX_MODES.items()},
+    **{name: nginx(mode) for name, mode in NGINX_MODES.items()},
     "granian": lambda file, port, folder: [
         sys.executable, "-m", "granian", "--interface", "rsgi", "--port", str(port), "--workers", "1",
         "--no-access-log", "--log-level", "error", "--no-ws", "bench.peers.granian_app:app",
@@ -105,12 +109,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(name: str, file: Path, folder: Path) -> Iterator[Target]:
-    """A peer serving `file` at /file, ready for requests; ended afterwards, and gone."""
+def serving(name: str, file: Path, folder: Path, command: Command | None = None) -> Iterator[Target]:
+    """A peer serving `file` at /file, ready for requests; ended afterwards, and gone. `command`: one not in `PEERS`."""
     port = free_port()
     environment = {**os.environ, "BENCH_FILE": str(file)}
     process = subprocess.Popen(
-        PEERS[name](file, port, folder),
+        (command or PEERS[name])(file, port, folder),
         env=environment,
         cwd=HERE.parent.parent,
         stdout=subprocess.DEVNULL,
@@ -157,14 +161,20 @@ def family(pid: int) -> list[int]:
 
 def cpu_seconds(pid: int) -> float:
     """User and system time of a process tree, ended children included."""
-    total = 0
+    return sum(cpu_split(pid))
+
+
+def cpu_split(pid: int) -> tuple[float, float]:
+    """The same apart: user time and system time."""
+    user = system = 0
     for one in family(pid):
         try:
             fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        total += sum(int(field) for field in fields[11:15])
-    return total / TICKS
+        user += int(fields[11]) + int(fields[13])
+        system += int(fields[12]) + int(fields[14])
+    return user / TICKS, system / TICKS
 
 
 def peak_memory(pid: int) -> int:
