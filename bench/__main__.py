@@ -3,6 +3,8 @@
 Each bench runs as a process of its own, `python -m bench.<name> --json FILE`, one after the other: its peak memory is
 its own, and one that hangs or crashes costs only its own figures. What is not on this machine is said and left out.
 
+The JSON is written anew after each, so that a run that is broken off keeps what it has; `bench.report` joins several.
+
 `--quick` shows in less than three minutes that everything works. It judges nothing: its windows are too short.
 """
 
@@ -33,6 +35,10 @@ BENCHES: dict[str, str] = {
     "serve": "Downloads: one worker beside its peers",
     "latency": "Under load: small requests, memory, fairness, crowds",
     "small": "Small requests: /health of the whole node",
+    "first_byte": "The first byte of a download",
+    "workers": "One worker and two",
+    "tls": "Plain and TLS",
+    "busy": "Beside a busy evaluator",
     "fleet": "The fleet: 256 miners in one window",
     "publish": "Publishing",
     "pull": "The miner's side",
@@ -45,7 +51,7 @@ BENCHES: dict[str, str] = {
 QUICK_ARGUMENTS: dict[str, tuple[str, ...]] = {"pull": ("--only", "disk,tensors")}
 """What a quick run leaves out: the wide-area link alone takes minutes."""
 
-QUICK_LIMIT_S, LIMIT_S = 240.0, 3600.0
+QUICK_LIMIT_S, LIMIT_S = 240.0, 1200.0
 """Seconds after which one bench is given up."""
 LAST_WORDS = 3
 
@@ -104,6 +110,13 @@ def document_of(outcomes: Sequence[Outcome], *, quick: bool, date: str, seconds:
     }
 
 
+def _write(path: Path, document: dict[str, Any]) -> None:
+    """Replace the file at once: whoever breaks the run off never finds half of one."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    new.replace(path)
+
+
 def _commit() -> str | None:
     try:
         done = subprocess.run(
@@ -129,16 +142,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"there is no bench {', '.join(unknown)}; there are {', '.join(BENCHES)}")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     console.print(machine.in_words(machine.describe()), markup=False)
-    date, began, outcomes = datetime.now(UTC).strftime("%Y-%m-%d"), time.monotonic(), []
-    for name in names:
-        console.print(f"[dim]{BENCHES[name]} …[/]")
+    date, began = datetime.now(UTC).strftime("%Y-%m-%d"), time.monotonic()
+    outcomes: list[Outcome] = []
+    document: dict[str, Any] = {}
+    for number, name in enumerate(names, 1):
+        elapsed = time.strftime("%M:%S", time.gmtime(time.monotonic() - began))
+        console.print(f"[dim]{elapsed}  {number}/{len(names)}  {BENCHES[name]} …[/]")
         outcome = gather(name, quick=options.quick, limit=QUICK_LIMIT_S if options.quick else LIMIT_S)
+        console.print(f"[dim]       {outcome.status} after {outcome.seconds:.0f} s[/]")
         outcomes.append(unjudged(outcome) if options.quick else outcome)
-    document = document_of(outcomes, quick=options.quick, date=date, seconds=time.monotonic() - began)
+        document = document_of(outcomes, quick=options.quick, date=date, seconds=time.monotonic() - began)
+        if options.json:
+            _write(options.json, document)
     report.show(outcomes, BENCHES, console)
     console.print(f"\n{document['seconds']:.0f} s in all.")
-    if options.json:
-        options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if options.plots:
         try:
             drawn = plots.draw(document, options.plots)

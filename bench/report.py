@@ -2,6 +2,7 @@
 
 python -m bench.report results.json > table.md
 python -m bench.report results.json --targets     only the figures that something was asked of
+python -m bench.report one.json two.json --json all.json --plots FOLDER     several runs joined, the later one counts
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rich.table import Table
 from bench.machine import in_words
 from bench.rows import Outcome, Row, read_row
 
-__all__ = ["figure", "markdown", "show", "verdict"]
+__all__ = ["figure", "join", "markdown", "show", "verdict"]
 
 HEADINGS = ("figure", "of", "median", "spread", "against", "target", "")
 
@@ -97,6 +98,35 @@ def markdown(document: Mapping[str, Any], *, only_targets: bool = False) -> str:
     return "\n".join(line.rstrip("\n") for line in lines) + "\n"
 
 
+def join(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several runs on one machine as one: of a bench that is in several, the last that was done counts.
+
+    Raises ValueError for runs on different machines.
+    """
+    first, *others = documents
+    if any(_hardware(other) != _hardware(first) for other in others):
+        raise ValueError("these runs were made on different machines; they cannot be joined")
+    benches: dict[str, Any] = {}
+    for document in documents:
+        for bench in document["benches"]:
+            if bench["status"] == "done" or benches.get(bench["bench"], bench)["status"] != "done":
+                benches[bench["bench"]] = bench
+    dates = sorted({document["date"] for document in documents})
+    commits = dict.fromkeys(str(document["commit"]) for document in documents)
+    return {
+        **documents[-1],
+        "date": dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}",
+        "quick": any(document["quick"] for document in documents),
+        "seconds": sum(document["seconds"] for document in documents),
+        "commit": ", ".join(commits),
+        "benches": list(benches.values()),
+    }
+
+
+def _hardware(document: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(document["machine"].get(part) for part in ("cpu", "cores", "kernel"))
+
+
 def _line(values: Sequence[str]) -> str:
     return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
 
@@ -107,10 +137,18 @@ def _versions(machine: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="what `python -m bench --json FILE` wrote")
+    parser.add_argument("results", type=Path, nargs="+", help="what `python -m bench --json FILE` wrote")
     parser.add_argument("--targets", action="store_true", help="only rows with a target")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the joined runs there")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw PNG and SVG of them there")
     arguments = parser.parse_args()
-    document = json.loads(arguments.results.read_text(encoding="utf-8"))
+    document = join([json.loads(path.read_text(encoding="utf-8")) for path in arguments.results])
+    if arguments.json:
+        arguments.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    if arguments.plots:
+        from bench import plots
+
+        plots.draw(document, arguments.plots)
     print(markdown(document, only_targets=arguments.targets), end="")
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -229,6 +230,27 @@ def test_markdown_has_every_row_and_says_what_is_missing() -> None:
     assert "1.50x nginx aio" in only
 
 
+def test_runs_are_joined_the_last_that_was_done_counts() -> None:
+    def of(date: str, *outcomes: Outcome) -> dict[str, Any]:
+        return harness.document_of(outcomes, quick=False, date=date, seconds=10.0)
+
+    early, late = Row("serve", "early", "GB/s", 1.0), Row("serve", "late", "GB/s", 2.0)
+    first = of("2026-11-22", Outcome("serve", "done", rows=(early,)), Outcome("fleet", "failed", "it broke"))
+    second = of("2026-11-23", Outcome("fleet", "done"), Outcome("serve", "done", rows=(late,)))
+    third = of("2026-11-23", Outcome("serve", "failed", "no luck"), Outcome("pull", "absent", "not here"))
+    joined = report.join([first, second, third])
+    assert [(one["bench"], one["status"]) for one in joined["benches"]] == [
+        ("serve", "done"),
+        ("fleet", "done"),
+        ("pull", "absent"),
+    ]
+    assert joined["benches"][0]["rows"][0]["name"] == "late"
+    assert (joined["date"], joined["seconds"]) == ("2026-11-22 to 2026-11-23", 30.0)
+    assert "| late |" in report.markdown(joined)
+    with pytest.raises(ValueError, match="different machines"):
+        report.join([first, {**second, "machine": {**second["machine"], "cores": 999}}])
+
+
 def test_the_table_on_a_terminal() -> None:
     with Path("/dev/null").open("w") as nowhere:
         console = Console(width=160, record=True, file=nowhere)
@@ -327,6 +349,25 @@ def test_a_bench_that_hangs_is_ended_with_all_that_it_started(pretended: Path) -
     assert (outcome.status, outcome.reason) == ("failed", "it was not done after 2 s")
     child = Path(f"/proc/{(pretended / 'child').read_text()}/stat")
     assert not child.exists() or child.read_text().split()[2] == "Z"
+
+
+def test_what_was_measured_before_a_run_is_broken_off_is_kept(pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (pretended / "pretended_good.py").write_text(
+        'import sys, pathlib\npathlib.Path(sys.argv[2]).write_text(\'[{"name": "x", "value": 1}]\')\n'
+    )
+    monkeypatch.setattr(harness, "BENCHES", {"pretended_good": "A bench", "pretended_next": "The next"})
+    real = harness.gather
+
+    def gather(name: str, *, quick: bool, limit: float) -> Outcome:
+        if name == "pretended_next":
+            raise KeyboardInterrupt
+        return real(name, quick=quick, limit=limit)
+
+    monkeypatch.setattr(harness, "gather", gather)
+    with pytest.raises(KeyboardInterrupt):
+        harness.main(["--json", "out.json"])
+    (kept,) = json.loads(Path("out.json").read_text())["benches"]
+    assert (kept["bench"], kept["rows"][0]["median"]) == ("pretended_good", 1)
 
 
 def test_a_bench_that_is_not_there_is_absent() -> None:
