@@ -1,0 +1,144 @@
+"""Nothing leaks, whichever turn of the sender a download is cut off at: every one is tried.
+
+A download waits for the disk (here no page is resident until it was read), for room in its socket (the buffers are
+small) and for its turn (turns are short). It is cut off before each turn, with a thread about to send, and after each,
+in whatever state that left it; by a reset, by a close, and by a server that closes. What has come by then is the
+beginning of the truth.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+
+from bzstream.api.app import Api
+from bzstream.http import readahead
+from bzstream.http.readahead import Residency
+from bzstream.http.sender import Sender, Transfer, TransferState
+from bzstream.model import publish
+from tests.api.cutting import AUTH, ENDINGS, Rig, open_api, until
+from tests.model import build
+
+HOTKEY = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
+GET = f"GET /model/partial HTTP/1.1\r\n{AUTH}X-Expert-Group: 0\r\nX-Hotkey: {HOTKEY}\r\n\r\n".encode()
+SETTINGS = {"quantum": 24 * 1024, "send_threads": 2}
+WINDOW = 48 * 1024
+Ending = Callable[[], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture(scope="module")
+def slices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with slices of 200 KB: five windows."""
+    folder = tmp_path_factory.mktemp("slices")
+    specs = build.fused(layers=1, hidden=128, inner=256)
+    build.write_checkpoint(folder / "model", specs, build.contents(specs))
+    publish(folder / "model", folder / "store", block=1, version="v", groups=4)
+    return folder / "store"
+
+
+class Scissors:
+    """Counts the moments of a download and begins an ending at the chosen one, asked from the sender's threads."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        advance, settle = Transfer.advance, Sender._settle_locked
+        self.states: set[TransferState] = set()
+        """All that turns have ended in."""
+        self.robbed = False
+        """Whether a thread had the turn of a transfer whose files, and so its socket, were given up already."""
+        self.reached = False
+
+        def advance_(transfer: Transfer, *arguments: Any) -> TransferState:
+            # The thread waits until the ending has had its first step: it finds the transfer busy.
+            if self._count():
+                assert self._begun.wait(10)
+            self.robbed |= transfer._body is None
+            return advance(transfer, *arguments)
+
+        def settle_(sender: Sender, transfer: Transfer, *arguments: Any) -> None:
+            settle(sender, transfer, *arguments)
+            self.states.add(transfer.state)
+            self._count()  # the queue's lock is held: no waiting here
+
+        monkeypatch.setattr(Transfer, "advance", advance_)
+        monkeypatch.setattr(Sender, "_settle_locked", settle_)
+
+    def open(self, at: int, ending: Ending) -> None:
+        self._left, self._ending = at, ending
+        self._loop, self._begun = asyncio.get_running_loop(), threading.Event()
+        self.reached = False
+
+    async def done(self, rig: Rig) -> bool:
+        """Whether the moment came, after all that it began has been done; to be called when it or the end has come."""
+        if not self.reached:
+            await until(lambda: not rig.server.downloads, "the end of the last turn")
+            with rig.server.sender._lock:
+                came = self._left < 0
+            await until(lambda: self.reached or not came, "the beginning of the ending")
+        if self.reached:
+            await self._task
+        return self.reached
+
+    def _count(self) -> bool:
+        self._left -= 1
+        if self._left == -1:
+            self._loop.call_soon_threadsafe(self._begin)
+        return self._left == -1
+
+    def _begin(self) -> None:
+        self.reached = True
+        self._task = self._loop.create_task(self._ending())
+        self._loop.call_soon(self._begun.set)
+
+
+@pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
+def test_every_turn_of_a_download(tls: bool, slices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readahead, "WINDOW", WINDOW)
+    monkeypatch.setattr(Residency, "resident", lambda *_: False)
+    scissors = Scissors(monkeypatch)
+
+    async def cut_off(rig: Rig, truth: bytes, how: str, at: int) -> None:
+        rig.observer.requests.clear()
+        peer = rig.connect()
+        scissors.open(at, rig.ending(peer, how))
+        await peer.send(GET)
+        await until(lambda: scissors.reached or (peer.take() and peer.body() == truth), "the cut or the whole")
+        if await scissors.done(rig) and how == "server":
+            await until(lambda: peer.take() and peer.ended, "the connection is closed")
+            assert truth.startswith(peer.body())
+        peer.close()
+        await rig.assert_clean()
+        (record,) = rig.observer.requests
+        assert record.status == 200
+        assert record.sent <= record.length == len(truth)
+        assert scissors.reached or record.complete
+
+    async def every(api: Api, how: str) -> int:
+        """The number of moments, each of which was tried."""
+        snapshot = api._view.library.current
+        assert snapshot is not None
+        truth = snapshot.units["partial/0"].enveloped.read()
+        async with AsyncExitStack() as stack:
+            for at in itertools.count():
+                if not at or how == "server":
+                    rig = await stack.enter_async_context(Rig(api, tls=tmp_path if tls else None, **SETTINGS))
+                await cut_off(rig, truth, how, at)
+                if not scissors.reached:
+                    return at
+        raise AssertionError
+
+    async def main() -> None:
+        async with open_api(slices, tmp_path) as api:
+            for how in ENDINGS:
+                assert await every(api, how) > 20
+
+    uvloop.run(main())
+    assert not scissors.robbed
+    assert scissors.states == {TransferState.READY, TransferState.BLOCKED, TransferState.COLD, TransferState.OVER}
