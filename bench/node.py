@@ -27,7 +27,7 @@ import psutil
 from bzstream.chain.keys import encode_hotkey
 from bzstream.model import publish_state_dict
 
-__all__ = ["Cost", "Miner", "Node", "miners", "publish_slices", "serve", "write_chain"]
+__all__ = ["Cost", "Miner", "Node", "free_port", "miners", "publish_slices", "serve", "write_chain"]
 
 VERSION, BLOCK = "bench", 12345
 START_S, STOP_S = 60.0, 15.0
@@ -100,15 +100,22 @@ class Node:
         finally:
             connection.close()
 
-    def health(self) -> dict[str, object]:
-        """What /health says. Raises OSError while nobody listens."""
+    def get(self, path: str, headers: Mapping[str, str]) -> dict[str, object]:
+        """The JSON of an answer. Raises OSError while nobody listens, RuntimeError when the status is not 200."""
         connection = self._connect()
         try:
-            connection.request("GET", "/health")
-            found: dict[str, object] = json.loads(connection.getresponse().read())
+            connection.request("GET", path, headers=dict(headers))
+            answer = connection.getresponse()
+            found: dict[str, object] = json.loads(answer.read())
+            if answer.status != 200:
+                raise RuntimeError(f"the node answered {answer.status} to GET {path}: {found}")
             return found
         finally:
             connection.close()
+
+    def health(self) -> dict[str, object]:
+        """What /health says. Raises OSError while nobody listens."""
+        return self.get("/health", {})
 
     def _connect(self) -> http.client.HTTPConnection:
         if self._trusted is None:
