@@ -35,7 +35,7 @@ GROUPS = 16
 """As in the mission: a slice is a sixteenth of the experts."""
 WINDOWS, TOKENS = 1, 32
 """Short windows: the forward pass is the same on both sides and would only hide the difference."""
-ROUNDS = 5
+ROUNDS, QUICK_ROUNDS = 5, 2
 
 
 def run(quick: bool, device: str = "cpu") -> list[dict[str, Any]]:
@@ -152,7 +152,7 @@ def resident(place: Path, quick: bool, device: str) -> dict[str, Any]:
         times.setdefault(name, []).append(time.perf_counter() - began)
         return result
 
-    for _ in range(ROUNDS):
+    for _ in range(QUICK_ROUNDS if quick else ROUNDS):
         reader.warm_up()
         time.sleep(1.0)  # the evaluator, too, has the next reading process started ahead
         began = time.perf_counter()
@@ -208,7 +208,7 @@ def deepcopy(place: Path, quick: bool, device: str) -> dict[str, Any]:
     base = ResidentModel(published, device=device)  # loads the model; what follows is the usual way
     base.window_losses(windows, batch=WINDOWS)
     totals, loss = [], 0.0
-    for _ in range(ROUNDS):
+    for _ in range(QUICK_ROUNDS if quick else ROUNDS):
         began = time.perf_counter()
         submitted = load_file(place / "submission.safetensors")
         candidate = copy.deepcopy(base.module)

@@ -33,6 +33,8 @@ FILE_SIZE = 2 << 30
 RANGE = 64 << 20
 HEALTH_PATH = "/health"
 NODE = "bzstream"
+ROUNDS = {"discard": 5, "copy": 3, "health": 3}
+"""Kind of client -> rounds: what is judged is measured most often, and all of it takes a dozen minutes."""
 SLICE = "/model/partial?format=safetensors"
 UNLIMITED = {"BZ_HTTP_MAX_CONNECTIONS_PER_CALLER": "100000", "BZ_HTTP_MAX_CONNECTIONS": "100000"}
 """One caller may have all connections: a bench has fewer callers than connections."""
@@ -133,12 +135,11 @@ def run(
     names = names if names is not None else [NODE, *PEERS]
     counts = counts or ([8] if quick else [1, 8, 64, 256, 1000])
     clients = clients or (["discard", "health"] if quick else ["discard", "copy", "health"])
-    rounds = rounds or (1 if quick else 5)
-    seconds = seconds or (1.0 if quick else 3.0)
+    seconds = seconds or (0.4 if quick else 1.5)
     rows: list[Row] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-serve-")))
-        file = warm_file(folder, FILE_SIZE)
+        file = warm_file(folder, FILE_SIZE // 4 if quick else FILE_SIZE)
         targets = dict(external or {})
         for name in names:
             try:
@@ -149,7 +150,7 @@ def run(
         for client in clients:
             for count in [8] if client == "health" else counts:
                 batch = [Row(name, count, client) for name in targets if (client, name) != ("health", "C sendfile")]
-                for number in range(rounds):
+                for number in range(rounds or (1 if quick else ROUNDS[client])):
                     # Forward and backward by turns, so that a slow drift of the machine favours nobody.
                     for row in batch if number % 2 == 0 else reversed(batch):
                         if not row.error:
