@@ -114,6 +114,9 @@ def _latency_row(raw: Mapping[str, Any], speeds: Mapping[tuple[str, int], float]
         )
         if "stall_ms" in raw:
             rows.append(row_of(f"longest stall of the loop {label}", "ms", [raw["stall_ms"]], target="<= 20"))
+        if "nap_ms" in raw:
+            rows.append(row_of(f"machine: longest oversleep {label}", "ms", [raw["nap_ms"]], subject=server))
+            rows.append(row_of(f"machine: stolen {label}", "share", [raw["steal"]], subject=server))
         return rows
     if what == "memory":
         return [
@@ -126,8 +129,18 @@ def _latency_row(raw: Mapping[str, Any], speeds: Mapping[tuple[str, int], float]
         return [row_of(name, "", [raw["jain"]], target=">= 0.97")]
     if what == "crowd":
         label = f"beside {raw['connections']:,} silent connections"
-        speed = row_of(f"downloads {label}, of those alone", "x", [raw["downloads_of_alone"]], target=">= 0.95")
-        return [speed, row_of(f"/health p99 {label}", "ms", [raw["p99"]], target="<= 20")]
+        shares, waits = raw.get("shares") or [raw["downloads_of_alone"]], raw.get("p99s") or [raw["p99"]]
+        rows = [
+            row_of(f"downloads {label}, of those alone", "x", shares, target=">= 0.95"),
+            row_of(f"/health p99 {label}", "ms", waits, target="<= 20"),
+        ]
+        if "gone_after_s" in raw:
+            crowd = f"{raw['connections']:,} silent connections"
+            rows.append(row_of(f"{crowd}: the last was closed after", "s", [raw["gone_after_s"]]))
+            rows.append(row_of(f"{crowd}: descriptors left then", "", [raw["descriptors_left"]], target="<= 100"))
+        if "nap_ms" in raw:
+            rows.append(row_of(f"machine: longest oversleep {label}", "ms", [raw["nap_ms"]]))
+        return rows
     # A question that is new here: its figures as they are.
     numbers = {name: value for name, value in raw.items() if isinstance(value, (int, float))}
     return [row_of(f"{what}: {name}", "", [value]) for name, value in numbers.items() if not isinstance(value, bool)]

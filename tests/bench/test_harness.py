@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from bench import __main__ as harness
-from bench import dialects, fleet, machine, plots, report
+from bench import dialects, fleet, machine, plots, report, watch
 from bench.micro.__main__ import rows_from
 from bench.rows import Outcome, Row, jain, margin, quantile, read_outcome, read_row, row_of, unjudged
 
@@ -144,6 +144,32 @@ def test_latency_is_judged_for_us_alone() -> None:
         "64 miners, half with 1 connection, half with 16: Jain's index": ("bzstream", True),
     }
     assert outcome.rows[-1].median == 3.5
+
+
+def test_what_the_machine_added_stands_beside_a_stall() -> None:
+    health = {"what": "health", "server": "bzstream", "downloads": 64, "cold": False, "p50": 1.0, "p99": 3.0}
+    crowd = {"what": "crowd", "connections": 10_000, "downloads_of_alone": 0.99, "shares": [0.9, 0.99, 1.0]}
+    document = [
+        {**health, "gb_s": 2.0, "stall_ms": 25.0, "nap_ms": 24.0, "steal": 0.1},
+        {**crowd, "p99": 9.0, "p99s": [8.0, 9.0, 30.0], "nap_ms": 3.0, "gone_after_s": 11.0, "descriptors_left": 9},
+    ]
+    rows = {row.name: row for row in read_outcome("latency", dialects.translate("latency", document), 1.0).rows}
+    assert rows["longest stall of the loop beside 64 downloads, warm"].met is False
+    assert rows["machine: longest oversleep beside 64 downloads, warm"].median == 24.0
+    assert rows["machine: stolen beside 64 downloads, warm"].median == 0.1
+    beside = rows["downloads beside 10,000 silent connections, of those alone"]
+    assert (beside.median, beside.low, beside.high, beside.met) == (0.99, 0.9, 1.0, True)
+    assert rows["10,000 silent connections: descriptors left then"].met is True
+
+
+def test_stolen_time_is_read_from_the_kernels_words() -> None:
+    import os
+
+    assert watch.stolen("cpu  1 2 3 4 5 6 7 800 9 10\ncpu0 1\n") == 800 / os.sysconf("SC_CLK_TCK")
+    with watch.watching(0.05) as figures:
+        assert figures == {}
+    assert figures["nap_ms"] > 0
+    assert 0 <= figures["steal"] <= 1
 
 
 def test_the_evaluators_notes_hold_its_targets() -> None:
