@@ -23,7 +23,7 @@ import enum
 import os
 import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from bzstream.http.bodies import Body
@@ -257,11 +257,16 @@ class Sender:
 
     def _work(self) -> None:
         residency, picks = Residency(self._readahead.settling), 0
+        done: tuple[Transfer, TransferState, int, int, Exception | None] | None = None
         while not self._closed:
             picks += 1
-            if picks % _PICKS_PER_POLL == 0 and self._blocked:
-                self._note(self._epoll.poll(0, _EVENTS))
+            look = picks % _PICKS_PER_POLL == 0 and self._blocked
+            events = self._epoll.poll(0, _EVENTS) if look else ()
             with self._lock:
+                self._note_locked(events)
+                if done is not None:
+                    self._settle_locked(*done)
+                    done = None
                 turn = self._pick_locked()
                 if turn is None:
                     self._idle += 1
@@ -269,7 +274,7 @@ class Sender:
                 events = self._epoll.poll(-1, _EVENTS)
                 with self._lock:
                     self._idle -= 1
-                self._note(events)
+                    self._note_locked(events)
                 continue
             transfer, allowance = turn
             before, error = transfer.taken, None
@@ -279,18 +284,19 @@ class Sender:
                 state = transfer.advance(allowance, residency)
             except Exception as problem:
                 state, error = TransferState.OVER, problem
+            sent = transfer.taken - before
+            done = (transfer, state, sent, allowance - sent, error)
+        if done is not None:
             with self._lock:
-                sent = transfer.taken - before
-                self._settle_locked(transfer, state, sent, allowance - sent, error)
+                self._settle_locked(*done)
         self._ring()  # for the next thread
 
-    def _note(self, events: list[tuple[int, int]]) -> None:
+    def _note_locked(self, events: Iterable[tuple[int, int]]) -> None:
         """There is room again in these sockets (or they are gone, as sending will find)."""
-        with self._lock:
-            for fd, _ in events:
-                transfer = self._blocked.pop(fd, None)
-                if transfer is not None:
-                    self._enqueue_locked(transfer)
+        for fd, _ in events:
+            transfer = self._blocked.pop(fd, None)
+            if transfer is not None:
+                self._enqueue_locked(transfer)
 
     def _pick_locked(self) -> tuple[Transfer, int] | None:
         """The transfer whose turn it is, now busy, and how much it may send."""
@@ -321,7 +327,10 @@ class Sender:
             self._loop.call_soon_threadsafe(self._over, transfer, error)
 
     def _arm_locked(self, transfer: Transfer) -> None:
-        """Have the kernel say once when there is room, or that the peer is gone."""
+        """Have the kernel say once when there is room, or that the peer is gone.
+
+        Not edge-triggered: a send that was short for another reason than want of room would wait for ever.
+        """
         self._blocked[transfer.fd] = transfer
         try:
             if transfer.registered:
