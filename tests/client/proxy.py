@@ -5,18 +5,25 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+
+PIECE = 8192
+"""Bytes that are passed on at once: small beside what a kill may cost, and large enough that a few thousand pieces a
+second leave the processor to the client."""
 
 
 class Proxy:
     """Listens on loopback, forwards to `target`; `down` counts the bytes that went towards the client.
 
-    Socket buffers are small, so that little is under way when a client dies.
+    Socket buffers are small, so that little is under way when a client dies. `change` is applied to each piece on its
+    way to the client; an empty result ends that connection.
     """
 
     def __init__(self, target: tuple[str, int], rate: float) -> None:
         self._target = target
         self.rate = rate
+        self.change: Callable[[bytes], bytes] | None = None
         self._lock = threading.Lock()
         self._next = time.monotonic()
         self.down = 0
@@ -48,17 +55,24 @@ class Proxy:
         with suppress(OSError):
             while data := client.recv(65536):
                 server.sendall(data)
-        with suppress(OSError):
-            server.shutdown(socket.SHUT_RDWR)
+        # Towards a client that is gone nothing is sent any more, and so nothing counted.
+        for sock in (server, client):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     def _down(self, client: socket.socket, server: socket.socket) -> None:
         with suppress(OSError):
-            while data := server.recv(2048):
+            while data := server.recv(PIECE):
+                if self.change is not None and not (data := self.change(data)):
+                    break
                 self._pace(len(data))
                 client.sendall(data)
                 with self._lock:
                     self.down += len(data)
         for sock in (client, server):
+            # A close alone ends nothing while the other thread is in a read of it.
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
             sock.close()
 
     def _pace(self, count: int) -> None:
