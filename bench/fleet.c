@@ -16,7 +16,7 @@
  * byte by byte, with that file, which is the end of the body. Every status, Content-Length and Content-Range is
  * checked. One line of JSON is printed per miner: the second at which it had everything (0: never), bytes, seconds to
  * the first byte, times resumed, bytes compared, the first error. The last line is the whole
- * run, with the share of the time in which the fleet waited for the server.
+ * run, with the shares of the time in which the fleet waited for the server and in which it computed.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -28,6 +28,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -310,7 +311,10 @@ int main(int argc, char **argv) {
         printf("{\"seconds\": %.6f, \"bytes\": %lld, \"first_byte\": %.6f, \"resumed\": %d, \"compared\": %lld, \"error\": \"%s\"}\n",
                m->done > 0 ? m->done : 0, m->counted, m->first_byte, m->resumed, m->compared, m->error);
     }
-    printf("{\"seconds\": %.6f, \"bytes\": %lld, \"idle\": %.4f}\n", end - (seconds ? began : start), bytes,
-           idle / (end - start));
+    struct rusage used;
+    getrusage(RUSAGE_SELF, &used);
+    double busy = used.ru_utime.tv_sec + used.ru_stime.tv_sec + (used.ru_utime.tv_usec + used.ru_stime.tv_usec) * 1e-6;
+    printf("{\"seconds\": %.6f, \"bytes\": %lld, \"idle\": %.4f, \"busy\": %.4f}\n", end - (seconds ? began : start),
+           bytes, idle / (end - start), busy / (end - start));
     return 0;
 }

@@ -1,8 +1,8 @@
 """What the machine itself adds while something is measured on it: how late a sleeper wakes, and what was stolen.
 
 A stall of a server's loop has two possible causes: the server did something for so long, or it had no core. A process
-that does nothing but nap (nap.c) can only have the second. If its longest oversleep comes near the longest stall of the
-loop, the stall was the machine's. The converse does not follow: schedulers let who computes wait longer than who sleeps.
+that does nothing but nap (nap.c) can only have the second. If its longest oversleep comes near the loop's longest
+stall, the stall was the machine's. The converse does not follow: who computes is let wait longer than who sleeps.
 """
 
 from __future__ import annotations
