@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from sqlalchemy import Connection, bindparam, func, insert, literal_column, or_, select, update
+from sqlalchemy import Connection, bindparam, func, insert, literal_column, null, or_, select, union_all, update
 
 from bzstream.submissions.records import Accepted, Candidate, Duplicate, Outcome, TooMany
 from bzstream.submissions.schema import db_now, submissions
@@ -118,15 +118,21 @@ class _Pace(NamedTuple):
 
 
 def _known(connection: Connection, candidates: Sequence[Candidate]) -> Known:
-    hotkeys = sorted({candidate.submission.hotkey for candidate in candidates})
-    rounds = sorted({candidate.round for candidate in candidates})
     blocks = [candidate.submission.block_number for candidate in candidates]
-    taken = connection.execute(_TAKEN, {"hotkeys": hotkeys, "low": min(blocks), "high": max(blocks)})
-    counts = connection.execute(_COUNTS, {"hotkeys": hotkeys, "rounds": rounds})
-    return Known(
-        {(hotkey, block): (submission_id, digest) for hotkey, block, submission_id, digest in taken},
-        {(hotkey, round_): count for hotkey, round_, count in counts},
-    )
+    asked = {
+        "hotkeys": sorted({candidate.submission.hotkey for candidate in candidates}),
+        "rounds": sorted({candidate.round for candidate in candidates}),
+        "low": min(blocks),
+        "high": max(blocks),
+    }
+    taken: dict[tuple[str, int], tuple[str, str]] = {}
+    counts: dict[tuple[str, int], int] = {}
+    for hotkey, number, submission_id, digest, count in connection.execute(_KNOWN, asked):
+        if submission_id is None:
+            counts[hotkey, number] = count
+        else:
+            taken[hotkey, number] = (submission_id, digest)
+    return Known(taken, counts)
 
 
 def _row(candidate: Candidate, submission_id: str) -> dict[str, object]:
@@ -148,19 +154,17 @@ def _row(candidate: Candidate, submission_id: str) -> dict[str, object]:
 
 _table = submissions.c
 
-# One short range of an index for each hotkey: SQLite searches no index for `(a, b) IN (...)`, and blocks of one batch
-# lie in one cycle. What is found beyond the candidates does no harm.
-_TAKEN = select(_table.hotkey, _table.block_number, _table.submission_id, _table.digest).where(
-    _table.hotkey.in_(bindparam("hotkeys", expanding=True)),
-    _table.block_number.between(bindparam("low"), bindparam("high")),
-)
-_COUNTS = (
-    select(_table.hotkey, _table.round, func.count())
-    .where(
-        _table.round.in_(bindparam("rounds", expanding=True)),
-        _table.hotkey.in_(bindparam("hotkeys", expanding=True)),
-    )
-    .group_by(_table.hotkey, _table.round)
+# One statement for both questions, each of which looks into a short range of an index for each hotkey: SQLite searches
+# no index for `(a, b) IN (...)`, and blocks of one batch lie in one cycle. What is found beyond the candidates does no
+# harm.
+_HOTKEYS = _table.hotkey.in_(bindparam("hotkeys", expanding=True))
+_KNOWN = union_all(
+    select(_table.hotkey, _table.block_number, _table.submission_id, _table.digest, null()).where(
+        _HOTKEYS, _table.block_number.between(bindparam("low"), bindparam("high"))
+    ),
+    select(_table.hotkey, _table.round, null(), null(), func.count())
+    .where(_table.round.in_(bindparam("rounds", expanding=True)), _HOTKEYS)
+    .group_by(_table.hotkey, _table.round),
 )
 _BY = ("of_hotkey", "of_round", "by")
 _INSERT = insert(submissions).values(received_at=db_now())
