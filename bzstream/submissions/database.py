@@ -32,6 +32,9 @@ __all__ = ["Database", "LedgerUnavailable"]
 
 LOCK_TIMEOUT_S = 10.0
 """Longest wait for the writers' lock; a batch of a healthy writer takes milliseconds."""
+CHECKPOINT_PAGES = 16_384
+"""Pages of the write-ahead log, 64 MiB, after which a commit moves them into the file, with two or three fsyncs more.
+A submission writes about three pages: with SQLite's own limit of 1000, one commit in ten took several times as long."""
 _ADVISORY_LOCK = 0x627A73747265616D  # "bzstream" in ASCII
 _NETWORK_FILE_SYSTEMS = {
     "nfs",
@@ -69,20 +72,28 @@ class Database:
             _prepare(file)
             self._turnstile = os.open(f"{file}.turn", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             # Connections move between threads only through the pool, never while in use.
-            arguments: dict[str, Any] = {"check_same_thread": False, "timeout": 0, "isolation_level": None}
-            self._engine = create_engine(url, connect_args=arguments, **common)
-            event.listen(self._engine, "connect", _set_up_sqlite)
+            # SQLite's own wait sleeps up to 100 ms between two tries: writers, who often meet, try by themselves.
+            self._writers, self._readers = (
+                create_engine(
+                    url,
+                    connect_args={"check_same_thread": False, "isolation_level": None, "timeout": timeout},
+                    **common,
+                )
+                for timeout in (0, LOCK_TIMEOUT_S)
+            )
+            for engine in (self._writers, self._readers):
+                event.listen(engine, "connect", _set_up_sqlite)
         else:
             arguments = {"connect_timeout": 5, "application_name": "bzstream"}
-            self._engine = create_engine(
+            self._writers = self._readers = create_engine(
                 url, pool_pre_ping=True, isolation_level="READ COMMITTED", connect_args=arguments, **common
             )
-            event.listen(self._engine, "connect", _set_up_postgresql)
+            event.listen(self._writers, "connect", _set_up_postgresql)
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """A transaction that holds the writers' lock; on disk when the block ends without an exception."""
-        with self._errors(), self._engine.connect() as connection:
+        with self._errors(), self._writers.connect() as connection:
             if self._turnstile is None:
                 connection.execute(text(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})"))
             else:
@@ -93,24 +104,22 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A transaction for reading, never held up by a writer."""
-        with self._errors(), self._engine.connect() as connection:
+        with self._errors(), self._readers.connect() as connection:
             if self._turnstile is not None:
-                connection.exec_driver_sql(f"PRAGMA busy_timeout={int(LOCK_TIMEOUT_S * 1000)}")
                 connection.exec_driver_sql("BEGIN")
             yield connection
             connection.commit()
 
     def close(self) -> None:
         """Close every connection; no thread may be using one. Closing twice is fine."""
-        self._engine.dispose()
+        self._writers.dispose()
+        self._readers.dispose()
         if self._turnstile is not None and not self._closed:
             os.close(self._turnstile)
         self._closed = True
 
     def _begin_immediate(self, connection: Connection, turnstile: int) -> None:
         deadline = time.monotonic() + LOCK_TIMEOUT_S
-        # SQLite's own wait sleeps up to 100 ms between two tries.
-        connection.exec_driver_sql("PRAGMA busy_timeout=0")
         _until(deadline, lambda: _try_flock(turnstile))
         try:
             _until(deadline, lambda: _try_begin(connection))
@@ -165,6 +174,7 @@ def _set_up_sqlite(connection: Any, _record: Any) -> None:
                 raise
             time.sleep(0.005)
     connection.execute("PRAGMA synchronous=FULL")
+    connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
 
 
 def _set_up_postgresql(connection: Any, _record: Any) -> None:
