@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -45,10 +46,12 @@ class Node:
     validator_token: str
     token: str = TOKEN
     hotkey: str = field(default_factory=lambda: Key.from_seed(b"\x01" * 32).hotkey)
+    trusted: str | None = None
+    """The certificate (PEM, for `localhost`) of a node that speaks TLS."""
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://127.0.0.1:{self.port}" if self.trusted is None else f"https://localhost:{self.port}"
 
     @property
     def store(self) -> Path:
@@ -62,11 +65,24 @@ class Node:
     def as_validator(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.validator_token}"}
 
+    def connect(self) -> socket.socket:
+        """A connection to the node, the TLS handshake made."""
+        plain = socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE_S)
+        if self.trusted is None:
+            return plain
+        try:
+            context = ssl.create_default_context(cadata=self.trusted)
+            return context.wrap_socket(plain, server_hostname="localhost")
+        except OSError:
+            plain.close()
+            raise
+
     def request(
         self, method: str, path: str, headers: Mapping[str, str] | None = None, body: bytes | None = None
     ) -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_S)
         try:
+            connection.sock = self.connect()
             connection.request(method, path, body=body, headers=dict(headers or {}))
             answer = connection.getresponse()
             return Answer(answer.status, answer.headers, answer.read())
@@ -113,9 +129,13 @@ def free_port() -> int:
 
 @contextmanager
 def running_node(
-    place: Path, *arguments: str, environment: Mapping[str, str] | None = None, wait: bool = True
+    place: Path,
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    wait: bool = True,
+    trusted: str | None = None,
 ) -> Iterator[Node]:
-    """Serve `place`/store until the block ends. `environment` adds BZ_* variables."""
+    """Serve `place`/store until the block ends. `environment` adds BZ_* variables; `trusted` as in Node."""
     validator, validator_token, port = Key.from_seed(b"\x02" * 32), secrets.token_hex(24), free_port()
     tokens = place / "tokens.toml"
     tokens.touch(mode=0o600)
@@ -132,7 +152,7 @@ def running_node(
             env={**clean, "BZ_AUTH_TOKEN": TOKEN, "BZ_TOKENS_FILE": str(tokens), **(environment or {})},
             stderr=output,
         )
-    node = Node(place, port, process, validator, validator_token)
+    node = Node(place, port, process, validator, validator_token, trusted=trusted)
     try:
         if wait:
             eventually(lambda: process.poll() is not None or _healthy(node), "the node is healthy")
