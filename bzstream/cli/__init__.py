@@ -1,7 +1,8 @@
 """The command line, one file a command.
 
 Exit status: 0 done, 1 it failed (one clear line on stderr), 2 wrong usage. A command's file imports what it needs
-inside its function, so that `bzstream --help` and `bzstream pull` never pay for another command's libraries.
+inside its function, and only the file of the command that is named is loaded at all, so that `bzstream --help` and
+`bzstream pull` never pay for another command.
 """
 
 from __future__ import annotations
@@ -9,32 +10,47 @@ from __future__ import annotations
 import importlib
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from bzstream.errors import BzstreamError
 
-__all__ = ["app", "main"]
+__all__ = ["command_line", "main"]
 
 COMMANDS = ("publish", "inspect", "serve", "pull", "submit", "bench", "evaluate", "weights", "demo")
 """In the order of a subnet's day: the file `cli/<name>.py` holds the function `<name>`."""
 
-app = typer.Typer(
-    name="bzstream",
-    help="Hand out a mixture-of-experts model at the speed of the kernel, take in what miners trained, score it.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-for _name in COMMANDS:
-    app.command(_name)(getattr(importlib.import_module(f"bzstream.cli.{_name}"), _name))
+
+def command_line(commands: Iterable[str] = COMMANDS) -> typer.Typer:
+    """The application with these commands."""
+    found = typer.Typer(
+        name="bzstream",
+        help="Hand out a mixture-of-experts model at the speed of the kernel, take in what miners trained, score it.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    # With a callback a single command keeps its name; without one typer would leave the word `pull` out.
+    found.callback()(lambda: None)
+    for name in commands:
+        found.command(name)(getattr(importlib.import_module(f"bzstream.cli.{name}"), name))
+    return found
+
+
+def __getattr__(name: str) -> Any:
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return command_line()
 
 
 def main() -> None:
     """Run the command line and turn what a person can act on into one line and exit status 1."""
+    named = [word for word in sys.argv[1:2] if word in COMMANDS]
     try:
-        app()
+        command_line(named or COMMANDS)()
     except BzstreamError as error:
         print(f"bzstream: {error}", file=sys.stderr)
         sys.exit(1)

@@ -7,11 +7,10 @@ the second unit starts with open congestion windows.
 from __future__ import annotations
 
 import re
-import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
-from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -35,6 +34,9 @@ from bzstream.client.manifest import Manifest, parse_manifest
 from bzstream.client.mirror import Mirror
 from bzstream.client.tuning import Tuning
 from bzstream.client.wire import Connection, Reply, tls_context
+
+if TYPE_CHECKING:
+    import ssl
 
 __all__ = ["Session", "refusal"]
 
@@ -274,6 +276,8 @@ def _retry_after(reply: Reply) -> float | None:
         return None
     if _SECONDS.fullmatch(text):
         return float(text)
+    from email.utils import parsedate_to_datetime  # 10 ms for what hardly any server sends
+
     try:
         return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError):

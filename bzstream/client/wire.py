@@ -13,15 +13,18 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
-import ssl
 import struct
 import time
+from typing import TYPE_CHECKING
 
 import h11
 
 from bzstream.client.address import Address
 from bzstream.client.errors import Dropped, Misbehaved, Passing, Stalled, Unreachable
 from bzstream.client.tuning import Tuning
+
+if TYPE_CHECKING:
+    import ssl
 
 __all__ = ["Connection", "Reply", "tls_context"]
 
@@ -35,9 +38,11 @@ _FIRST_READ = 4096
 
 def tls_context(ca_file: str | None = None) -> ssl.SSLContext:
     """Certificates and names are verified, by the system's authorities or by those in `ca_file` (PEM) alone."""
+    import ssl  # 5 ms that a plain http pull need not pay
+
     try:
         context = ssl.create_default_context(cafile=ca_file)
-    except (OSError, ssl.SSLError) as error:
+    except OSError as error:  # SSLError too
         raise Unreachable(f"the certificates in {ca_file} cannot be loaded: {error}") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context
@@ -276,8 +281,9 @@ def _broken(address: Address, error: h11.RemoteProtocolError) -> Passing | Misbe
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted ({error.verify_message})"
+    untrusted = getattr(error, "verify_message", None)  # of ssl.SSLCertVerificationError
+    if untrusted is not None:
+        return f"its certificate is not trusted ({untrusted})"
     if isinstance(error, socket.gaierror):
         return "no such host"
     if isinstance(error, TimeoutError):
