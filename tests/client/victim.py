@@ -24,7 +24,9 @@ class Victim:
             sys.executable, "-m", "bzstream", "pull", self.proxy.url, *units, "--out", str(folder),
             "--connections", "8",
         ]  # fmt: skip
-        self._environment = {**os.environ, "BZ_AUTH_TOKEN": token}
+        # Compiled once, as an installed package is, also where nothing may be written beside the sources.
+        compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(folder.parent / "compiled")}
+        self._environment = {**os.environ, **compiled, "BZ_AUTH_TOKEN": token}
 
     def kill(self, times: int, size: int, chance: random.Random) -> None:
         """Run it and `kill -9` it so many times, spread over its first `size` bytes or so; no final name appears."""
