@@ -23,7 +23,7 @@ from bench.node import miners, serve
 from bench.peers.servers import Target, serving
 from bench.peers.servers import compiled as compiled_peer
 from bench.rows import row_of
-from bench.serve import FILE_SIZE, RANGE, SLICE, UNLIMITED, fields_of, warm_file
+from bench.serve import FILE_SIZE, QUICK_FILE_SIZE, RANGE, SLICE, UNLIMITED, fields_of, warm_file
 
 __all__ = ["measure", "run"]
 
@@ -76,11 +76,11 @@ def beside(target: Target, fields: Path | None, seconds: float, folder: Path) ->
 
 def measure(quick: bool) -> dict[str, Any]:
     """Rows, and what is missing."""
-    seconds, rounds = (0.5, 1) if quick else (4.0, 3)
+    seconds, rounds = (0.5, 1) if quick else (3.0, 3)
     missing: list[str] = []
     with tempfile.TemporaryDirectory(prefix="bzstream-bench-") as name, ExitStack() as stack:
         folder = Path(name)
-        file = warm_file(folder, FILE_SIZE // 8 if quick else FILE_SIZE)
+        file = warm_file(folder, QUICK_FILE_SIZE if quick else FILE_SIZE)
         newcomer, *others = miners(1 + DOWNLOADS)
         fields = folder / "fields"
         fields.touch(mode=0o600)

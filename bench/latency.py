@@ -26,7 +26,7 @@ from pathlib import Path
 from bench.native import compiled as compiled_here
 from bench.peers.servers import Target, compiled, peak_memory, serving
 from bench.rows import quantile
-from bench.serve import FILE_SIZE, RANGE, warm_file
+from bench.serve import FILE_SIZE, QUICK_FILE_SIZE, RANGE, warm_file
 from bench.watch import watching
 
 CORE = "http core"
@@ -174,8 +174,11 @@ def descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-def crowd(file: Path, folder: Path, seconds: float, size: int, rounds: int) -> dict[str, object]:
-    """`size` connections that send nothing or a byte a second, beside eight downloads; and those downloads alone."""
+def crowd(file: Path, folder: Path, seconds: float, size: int, rounds: int, patience: float) -> dict[str, object]:
+    """`size` connections that send nothing or a byte a second, beside eight downloads; and those downloads alone.
+
+    The last crowd stays until the server's time-outs have ended it, for `patience` seconds at most; the others leave.
+    """
     shares, latencies, machines = [], [], []
     with serving(CORE, file, folder) as target:
         for turn in range(rounds):
@@ -189,20 +192,20 @@ def crowd(file: Path, folder: Path, seconds: float, size: int, rounds: int) -> d
                     beside = result(load)
                 shares.append(beside["bytes"] / beside["seconds"] / (alone["bytes"] / alone["seconds"]))
                 machines.append(machine)
-                # The last crowd stays until the server's time-outs have ended it; the others go by themselves.
-                patience = 60.0 if turn == rounds - 1 else 0.0
-                while (left := descriptors(target.pid)) > FEW and time.monotonic() < begun + patience:
+                until = begun + (patience if turn == rounds - 1 else 0.0)
+                while (left := descriptors(target.pid)) > FEW and time.monotonic() < until:
                     time.sleep(0.2)
                 gone = time.monotonic() - begun
             finally:
                 silent.communicate(timeout=60)
             while descriptors(target.pid) > FEW and time.monotonic() < begun + 90:
                 time.sleep(0.1)
+    ends = {"gone_after_s": gone, "descriptors_left": left} if patience else {}
     return {
         "what": "crowd", "connections": size, "downloads_of_alone": quantile(shares, 0.5), "shares": shares,
         "p99": quantile([one["p99"] for one in latencies], 0.5), "p99s": [one["p99"] for one in latencies],
         "max": max(one["max"] for one in latencies), "nap_ms": max(one["nap_ms"] for one in machines),
-        "gone_after_s": gone, "descriptors_left": left,
+        **ends,
     }  # fmt: skip
 
 
@@ -216,7 +219,7 @@ def run(quick: bool = False) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(prefix="bench-latency-") as name:
         folder = Path(name)
-        file = warm_file(folder, FILE_SIZE // 4 if quick else FILE_SIZE)
+        file = warm_file(folder, QUICK_FILE_SIZE if quick else FILE_SIZE)
         for server in (CORE, "nginx aio"):
             try:
                 rows += under_load(server, file, folder, counts, seconds)
@@ -224,7 +227,7 @@ def run(quick: bool = False) -> list[dict[str, object]]:
                 rows.append({"what": "health", "server": server, "error": str(error)})
         rows.append(memory(file, folder))
         rows.append(fairness(file, folder, seconds))
-        rows.append(crowd(file, folder, seconds, crowd_size, 1 if quick else 3))
+        rows.append(crowd(file, folder, seconds, crowd_size, *((1, 0.0) if quick else (3, 60.0))))
     return rows
 
 

@@ -29,7 +29,7 @@ from urllib.request import Request, urlopen
 from bench.node import Miner, miners, publish_slices, serve
 from bench.peers.servers import PEERS, Target, compiled, cpu_seconds, peak_memory, serving
 
-FILE_SIZE = 2 << 30
+FILE_SIZE, QUICK_FILE_SIZE = 2 << 30, 256 << 20
 RANGE = 64 << 20
 HEALTH_PATH = "/health"
 NODE = "bzstream"
@@ -135,11 +135,11 @@ def run(
     names = names if names is not None else [NODE, *PEERS]
     counts = counts or ([8] if quick else [1, 8, 64, 256, 1000])
     clients = clients or (["discard", "health"] if quick else ["discard", "copy", "health"])
-    seconds = seconds or (0.4 if quick else 1.5)
+    seconds = seconds or (0.4 if quick else 1.2)
     rows: list[Row] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-serve-")))
-        file = warm_file(folder, FILE_SIZE // 4 if quick else FILE_SIZE)
+        file = warm_file(folder, QUICK_FILE_SIZE if quick else FILE_SIZE)
         targets = dict(external or {})
         for name in names:
             try:

@@ -23,7 +23,7 @@ from bench.native import MissingPeer, compiled
 from bench.peers.servers import NGINX_MODES, Target, cpu_split, nginx, serving
 from bench.peers.servers import compiled as compiled_peer
 from bench.rows import quantile, row_of
-from bench.serve import FILE_SIZE, warm_file, whole_node
+from bench.serve import FILE_SIZE, QUICK_FILE_SIZE, warm_file, whole_node
 
 __all__ = ["certificate", "measure", "run"]
 
@@ -86,14 +86,14 @@ def drive(target: Target, kind: str, connections: int, seconds: float, folder: P
 
 def measure(quick: bool) -> dict[str, Any]:
     """Rows, notes, and what is missing."""
-    seconds, rounds = (0.3, 1) if quick else (2.0, 3)
+    seconds, rounds, counts = (0.3, 1, CONNECTIONS[:1]) if quick else (2.0, 3, CONNECTIONS)
     missing: list[str] = []
     taken: dict[Key, Taken] = {}
     with tempfile.TemporaryDirectory(prefix="bzstream-bench-") as name, ExitStack() as stack:
         folder = Path(name)
         compiled(DRIVER, "ssl", "crypto")
         pair = certificate(folder)
-        file = warm_file(folder, FILE_SIZE // 4 if quick else FILE_SIZE)
+        file = warm_file(folder, QUICK_FILE_SIZE if quick else FILE_SIZE)
         servers: dict[tuple[str, bool], Target] = {
             (NODE, secure): stack.enter_context(whole_node(file, tls=pair if secure else None))
             for secure in (False, True)
@@ -109,7 +109,7 @@ def measure(quick: bool) -> dict[str, Any]:
             for server, secure in sorted(servers, reverse=bool(turn % 2)):
                 target = servers[server, secure]
                 for kind in ("tls", "decrypted") if secure else ("plain",):
-                    for connections in CONNECTIONS:
+                    for connections in counts:
                         before = cpu_split(target.pid)
                         found, share = drive(target, kind, connections, seconds, folder)
                         after = cpu_split(target.pid)

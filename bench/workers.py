@@ -20,7 +20,7 @@ from typing import Any
 
 from bench.peers.servers import NGINX_MODES, Target, nginx, serving
 from bench.rows import quantile, row_of
-from bench.serve import FILE_SIZE, Row, measure, warm_file, whole_node
+from bench.serve import FILE_SIZE, QUICK_FILE_SIZE, Row, measure, warm_file, whole_node
 
 __all__ = ["measure_all", "run"]
 
@@ -36,7 +36,7 @@ def measure_all(quick: bool) -> dict[str, Any]:
     busy: dict[tuple[str, int, int], list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="bzstream-bench-") as name, ExitStack() as stack:
         folder = Path(name)
-        file = warm_file(folder, FILE_SIZE // 4 if quick else FILE_SIZE)
+        file = warm_file(folder, QUICK_FILE_SIZE if quick else FILE_SIZE)
         targets: dict[tuple[str, int], Target] = {}
         for workers in WORKERS:
             targets[NODE, workers] = stack.enter_context(whole_node(file, "--workers", str(workers)))
