@@ -80,7 +80,7 @@ def latency(document: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows: Rows = []
     missing = [f"{raw['server']}: {raw['error']}" for raw in document if raw.get("error")]
     speeds = {
-        (raw["server"], raw["downloads"]): raw["gb_s"]
+        (raw["server"], raw["downloads"]): _rounds(raw["gb_s"])
         for raw in document
         if raw.get("what") == "health" and raw.get("cold") and not raw.get("error")
     }
@@ -90,33 +90,38 @@ def latency(document: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"rows": rows, "missing": missing}
 
 
-def _latency_row(raw: Mapping[str, Any], speeds: Mapping[tuple[str, int], float]) -> Rows:
+def _rounds(value: Any) -> list[float]:
+    """A value a round, or the only one."""
+    return list(value) if isinstance(value, Sequence) else [value]
+
+
+def _latency_row(raw: Mapping[str, Any], speeds: Mapping[tuple[str, int], list[float]]) -> Rows:
     what = raw.get("what")
     if what == "health":
         server, ours = raw["server"], raw["server"] == OURS
         label = f"beside {raw['downloads']} downloads, {'cold' if raw['cold'] else 'warm'}"
         rows = [
-            row_of(f"/health p50 {label}", "ms", [raw["p50"]], subject=server),
-            row_of(f"/health p99 {label}", "ms", [raw["p99"]], subject=server, target="<= 20" if ours else ""),
+            row_of(f"/health p50 {label}", "ms", _rounds(raw["p50"]), subject=server),
+            row_of(f"/health p99 {label}", "ms", _rounds(raw["p99"]), subject=server, target="<= 20" if ours else ""),
         ]
-        peer = speeds.get(("nginx aio", raw["downloads"]))
+        speed, peer = _rounds(raw["gb_s"]), speeds.get(("nginx aio", raw["downloads"]))
         compared = ours and raw["cold"] and peer
         rows.append(
             row_of(
                 f"downloads {label}",
                 "GB/s",
-                [raw["gb_s"]],
+                speed,
                 subject=server,
                 peer="nginx aio" if compared else "",
-                ratio=raw["gb_s"] / peer if compared and peer else None,
+                ratio=_ratio(speed, peer) if compared and peer else None,
                 target=">= 0.9" if compared else "",
             )
         )
         if "stall_ms" in raw:
-            rows.append(row_of(f"longest stall of the loop {label}", "ms", [raw["stall_ms"]], target="<= 20"))
+            rows.append(row_of(f"longest stall of the loop {label}", "ms", _rounds(raw["stall_ms"]), target="<= 20"))
         if "nap_ms" in raw:
-            rows.append(row_of(f"machine: longest oversleep {label}", "ms", [raw["nap_ms"]], subject=server))
-            rows.append(row_of(f"machine: stolen {label}", "share", [raw["steal"]], subject=server))
+            rows.append(row_of(f"machine: longest oversleep {label}", "ms", _rounds(raw["nap_ms"]), subject=server))
+            rows.append(row_of(f"machine: stolen {label}", "share", _rounds(raw["steal"]), subject=server))
         return rows
     if what == "memory":
         return [

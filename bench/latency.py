@@ -1,6 +1,7 @@
 """What the many do to the one: `python -m bench.latency [--quick]`.
 
-- small requests (`/health`) while downloads saturate one worker, page cache warm and cold, and the longest stall;
+- small requests (`/health`) while downloads saturate one worker, page cache warm and cold (the file is dropped from it
+  before each window), and the longest stall;
 - memory of a worker with 500 downloads, of an idle connection and of a download;
 - fairness: 64 miners, half with 1 and half with 16 connections, all saturating;
 - 10,000 connections that send nothing or a byte a second: what they do to downloads, and that they are gone in time.
@@ -31,6 +32,7 @@ from bench.watch import watching
 
 CORE = "http core"
 """bzstream's HTTP core over a file, in `peers/tiny.py`."""
+PEER = "nginx aio"
 SILENCE = Path(__file__).with_name("silence.c")
 FEW = 100
 """Descriptors of a worker that serves next to nobody, at most."""
@@ -92,34 +94,42 @@ def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def under_load(name: str, file: Path, folder: Path, counts: list[int], seconds: float) -> list[dict[str, object]]:
-    """/health beside saturating downloads, warm and cold; a fresh server each time, so that stalls are its own."""
+def under_load(name: str, file: Path, folder: Path, count: int, cold: bool, seconds: float) -> dict[str, float]:
+    """/health beside saturating downloads, for one window; a fresh server each time, so that stalls are its own."""
+    with serving(name, file, folder) as target:
+        if cold:
+            evict(file)
+        else:
+            file.read_bytes()
+        with watching(seconds) as machine:
+            load = discard(target, folder, count, seconds)
+            time.sleep(seconds * 0.2)
+            found = probe(target, folder, seconds * 0.7)
+            moved = result(load)
+        stall = {"stall_ms": longest_stall(folder, 0)} if name == CORE else {}
+        return {**found, **machine, **stall, "gb_s": moved["bytes"] / moved["seconds"] / 1e9}
+
+
+def loads(file: Path, folder: Path, counts: list[int], seconds: float, rounds: int) -> list[dict[str, object]]:
+    """`under_load` of us and of nginx by turns: a row each, whose figures are lists with one value a round."""
     rows: list[dict[str, object]] = []
-    label = "bzstream" if name == CORE else name
     for cold in (False, True):
         for count in counts:
-            with ExitStack() as stack:
-                target = stack.enter_context(serving(name, file, folder))
-                if cold:
-                    evict(file)
+            windows: dict[str, list[dict[str, float]]] = {CORE: [], PEER: []}
+            errors: dict[str, str] = {}
+            for turn in range(rounds):
+                for server in list(windows)[:: -1 if turn % 2 else 1]:
+                    try:
+                        windows[server].append(under_load(server, file, folder, count, cold, seconds))
+                    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+                        errors[server] = str(error)
+            for server, taken in windows.items():
+                label = "bzstream" if server == CORE else server
+                row: dict[str, object] = {"what": "health", "server": label, "downloads": count, "cold": cold}
+                if server in errors:
+                    row["error"] = errors[server]
                 else:
-                    file.read_bytes()
-                with watching(seconds) as machine:
-                    load = discard(target, folder, count, seconds)
-                    time.sleep(seconds * 0.2)
-                    latency = probe(target, folder, seconds * 0.7)
-                    rate = result(load)
-                row: dict[str, object] = {
-                    "what": "health",
-                    "server": label,
-                    "downloads": count,
-                    "cold": cold,
-                    **latency,
-                    **machine,
-                }
-                row["gb_s"] = rate["bytes"] / rate["seconds"] / 1e9
-                if name == CORE:
-                    row["stall_ms"] = longest_stall(folder, 0)
+                    row |= {part: [window[part] for window in taken] for part in taken[0]}
                 rows.append(row)
     return rows
 
@@ -213,18 +223,14 @@ def run(quick: bool = False) -> list[dict[str, object]]:
     """All measurements, as rows."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    seconds = 1.0 if quick else 6.0
+    seconds = 1.0 if quick else 5.0
     counts = [64] if quick else [64, 256, 1000]
     crowd_size = 1000 if quick else min(10_000, hard - 1000)
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(prefix="bench-latency-") as name:
         folder = Path(name)
         file = warm_file(folder, QUICK_FILE_SIZE if quick else FILE_SIZE)
-        for server in (CORE, "nginx aio"):
-            try:
-                rows += under_load(server, file, folder, counts, seconds)
-            except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-                rows.append({"what": "health", "server": server, "error": str(error)})
+        rows += loads(file, folder, counts, 1.0 if quick else 3.0, 1 if quick else 3)
         rows.append(memory(file, folder))
         rows.append(fairness(file, folder, seconds))
         rows.append(crowd(file, folder, seconds, crowd_size, *((1, 0.0) if quick else (3, 60.0))))

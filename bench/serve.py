@@ -134,7 +134,7 @@ def run(
     """Measure; a row per server, number of connections and kind of client. What is not installed has an error."""
     names = names if names is not None else [NODE, *PEERS]
     counts = counts or ([8] if quick else [1, 8, 64, 256, 1000])
-    clients = clients or (["discard", "health"] if quick else ["discard", "copy", "health"])
+    clients = clients or (["discard"] if quick else ["discard", "copy"])  # for small requests there is bench.small
     seconds = seconds or (0.4 if quick else 1.2)
     rows: list[Row] = []
     with ExitStack() as stack:

@@ -150,11 +150,12 @@ def test_what_the_machine_added_stands_beside_a_stall() -> None:
     health = {"what": "health", "server": "bzstream", "downloads": 64, "cold": False, "p50": 1.0, "p99": 3.0}
     crowd = {"what": "crowd", "connections": 10_000, "downloads_of_alone": 0.99, "shares": [0.9, 0.99, 1.0]}
     document = [
-        {**health, "gb_s": 2.0, "stall_ms": 25.0, "nap_ms": 24.0, "steal": 0.1},
+        {**health, "gb_s": [2.0] * 3, "stall_ms": [25.0, 30.0, 9.0], "nap_ms": [24.0, 31.0, 3.0], "steal": [0.1] * 3},
         {**crowd, "p99": 9.0, "p99s": [8.0, 9.0, 30.0], "nap_ms": 3.0, "gone_after_s": 11.0, "descriptors_left": 9},
     ]
     rows = {row.name: row for row in read_outcome("latency", dialects.translate("latency", document), 1.0).rows}
-    assert rows["longest stall of the loop beside 64 downloads, warm"].met is False
+    stall = rows["longest stall of the loop beside 64 downloads, warm"]
+    assert (stall.median, stall.low, stall.high, stall.met) == (25.0, 9.0, 30.0, False)
     assert rows["machine: longest oversleep beside 64 downloads, warm"].median == 24.0
     assert rows["machine: stolen beside 64 downloads, warm"].median == 0.1
     beside = rows["downloads beside 10,000 silent connections, of those alone"]
@@ -371,8 +372,8 @@ def test_a_bench_that_hangs_is_ended_with_all_that_it_started(pretended: Path) -
         "child = subprocess.Popen(['sleep', '600'], start_new_session=True)\n"
         "pathlib.Path('child').write_text(str(child.pid))\ntime.sleep(600)\n"
     )
-    outcome = harness.gather("pretended_slow", quick=True, limit=2)
-    assert (outcome.status, outcome.reason) == ("failed", "it was not done after 2 s")
+    outcome = harness.gather("pretended_slow", quick=True, limit=5)
+    assert (outcome.status, outcome.reason) == ("failed", "it was not done after 5 s")
     child = Path(f"/proc/{(pretended / 'child').read_text()}/stat")
     assert not child.exists() or child.read_text().split()[2] == "Z"
 
