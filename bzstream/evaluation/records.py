@@ -1,6 +1,6 @@
 """What is kept of each evaluation: enough for another validator to repeat it bit for bit, and to tell copies.
 
-A table of its own in the ledger's database, one row a submission. The row is written before the submission becomes
+A table of the ledger, one row a submission. The row is written before the submission becomes
 `scored` and holds nothing that depends on who wrote it, so that an evaluator that loses its lease in between does no
 harm: whoever evaluates the submission next writes the same numbers.
 """
@@ -12,10 +12,11 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct
-from sqlalchemy import BigInteger, Column, Index, MetaData, Table, Text, delete, insert, select
+from sqlalchemy import delete, insert, select
 
 from bzstream.evaluation.scoring import pack_sketch, unpack_sketch
 from bzstream.submissions.database import Database
+from bzstream.submissions.schema import evaluations, migrate
 
 __all__ = ["Evaluation", "Records"]
 
@@ -57,28 +58,14 @@ class Evaluation(Struct, frozen=True, kw_only=True):
     seconds: dict[str, float]
 
 
-_metadata = MetaData()
-_evaluations = Table(
-    "evaluations",
-    _metadata,
-    Column("submission_id", Text, primary_key=True),
-    Column("round", BigInteger, nullable=False),
-    Column("expert_group", BigInteger, nullable=False),
-    Column("weights", Text, nullable=False),
-    Column("sketch", Text, nullable=False),
-    Column("record", Text, nullable=False),
-    Index("evaluations_of_a_round", "round", "expert_group"),
-)
-
-
 class Records:
-    """The evaluations in the ledger's database. Blocking; may raise LedgerUnavailable."""
+    """The evaluations in the ledger. Blocking; may raise LedgerUnavailable."""
 
     def __init__(self, where: str | Path) -> None:
-        """`where`: as for the ledger."""
+        """`where`: as for the ledger, which need not exist yet. Raises LedgerError."""
         self._database = Database(where)
         with self._database.write() as connection:
-            _metadata.create_all(connection)
+            migrate(connection)
 
     def close(self) -> None:
         self._database.close()
@@ -94,19 +81,19 @@ class Records:
             "record": msgspec.json.encode(evaluation).decode(),
         }
         with self._database.write() as connection:
-            connection.execute(delete(_evaluations).where(_evaluations.c.submission_id == evaluation.submission_id))
-            connection.execute(insert(_evaluations).values(**values))
+            connection.execute(delete(evaluations).where(evaluations.c.submission_id == evaluation.submission_id))
+            connection.execute(insert(evaluations).values(**values))
 
     def find(self, submission_id: str) -> Evaluation | None:
         """The evaluation of a submission."""
-        statement = select(_evaluations.c.record).where(_evaluations.c.submission_id == submission_id)
+        statement = select(evaluations.c.record).where(evaluations.c.submission_id == submission_id)
         with self._database.read() as connection:
             text = connection.execute(statement).scalar_one_or_none()
         return None if text is None else msgspec.json.decode(text, type=Evaluation)
 
     def fingerprints(self, round_: int, group: int) -> dict[str, tuple[str, tuple[float, ...]]]:
         """Submission id -> (weights, sketch) of all that were evaluated in a round for a group."""
-        c = _evaluations.c
+        c = evaluations.c
         statement = select(c.submission_id, c.weights, c.sketch).where(c.round == round_, c.expert_group == group)
         with self._database.read() as connection:
             return {row[0]: (row[1], unpack_sketch(row[2])) for row in connection.execute(statement)}

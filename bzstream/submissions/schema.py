@@ -31,7 +31,17 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from bzstream.errors import BzstreamError
 
-__all__ = ["MIGRATIONS", "LedgerError", "chain_state", "db_now", "evaluators", "migrate", "submissions", "weights_set"]
+__all__ = [
+    "MIGRATIONS",
+    "LedgerError",
+    "chain_state",
+    "db_now",
+    "evaluations",
+    "evaluators",
+    "migrate",
+    "submissions",
+    "weights_set",
+]
 
 
 class LedgerError(BzstreamError):
@@ -121,13 +131,30 @@ weights_set = Table(
     Column("confirmed_at", Float(53), nullable=False),
 )
 
+evaluations = Table(
+    "evaluations",
+    _metadata,
+    Column("submission_id", Text, primary_key=True),
+    Column("round", BigInteger, nullable=False),
+    Column("expert_group", BigInteger, nullable=False),
+    Column("weights", Text, nullable=False),
+    Column("sketch", Text, nullable=False),
+    Column("record", Text, nullable=False),  # JSON: the whole evaluation
+    Index("evaluations_of_a_round", "round", "expert_group"),
+)
+
 
 def _first(connection: Connection) -> None:
-    _metadata.create_all(connection)
+    _metadata.create_all(connection, [schema_version, submissions, chain_state, evaluators, weights_set])
     connection.execute(insert(schema_version).values(version=0))
 
 
-MIGRATIONS: Sequence[Callable[[Connection], None]] = (_first,)
+def _evaluations(connection: Connection) -> None:
+    # Evaluators made this very table by themselves beside a ledger of version 1, and it may hold rows.
+    evaluations.create(connection, checkfirst=True)
+
+
+MIGRATIONS: Sequence[Callable[[Connection], None]] = (_first, _evaluations)
 
 
 def migrate(connection: Connection, migrations: Sequence[Callable[[Connection], None]] = MIGRATIONS) -> None:

@@ -21,7 +21,6 @@ from bzstream.submissions.accepting import Acceptance
 from bzstream.submissions.database import Database, LedgerUnavailable
 from bzstream.submissions.ledger import AsyncLedger, LeaseLost, Ledger, LedgerError
 from bzstream.submissions.records import Accepted, Candidate, Duplicate, Job, Outcome, Record, TooMany
-from bzstream.submissions.schema import MIGRATIONS, migrate
 from tests.submissions.values import HOTKEYS, ROUND, accepted, candidate, in_loop
 
 
@@ -368,23 +367,6 @@ def test_ledgers_opened_at_once_are_made_once(where: str) -> None:
     assert isinstance(ledgers[7].accept(candidate()), Duplicate)
     for ledger in ledgers:
         ledger.close()
-
-
-def test_a_ledger_is_migrated_and_a_newer_one_refused(where: str) -> None:
-    Ledger.open(where).close()
-    database = Database(where)
-
-    def second(connection: Connection) -> None:
-        connection.execute(text("ALTER TABLE submissions ADD COLUMN added TEXT"))
-
-    for _ in range(2):
-        with database.write() as connection:
-            migrate(connection, (*MIGRATIONS, second))
-    with database.read() as connection:
-        assert connection.execute(text("SELECT version FROM schema_version")).scalar_one() == 2
-    database.close()
-    with pytest.raises(LedgerError, match="upgrade bzstream"):
-        Ledger.open(where)
 
 
 def test_what_cannot_be_opened_is_said_in_one_sentence(tmp_path: Path) -> None:

@@ -1,0 +1,81 @@
+"""The ledger's schema: brought from one version to the next with all that it holds, on SQLite and on PostgreSQL."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import Connection, insert, inspect, select, text
+
+from bzstream.evaluation.records import Records
+from bzstream.submissions.accepting import Acceptance
+from bzstream.submissions.database import Database
+from bzstream.submissions.ledger import Ledger, LedgerError
+from bzstream.submissions.records import Duplicate
+from bzstream.submissions.schema import MIGRATIONS, evaluations, migrate
+from tests.submissions.values import ROUND, accepted, candidate
+
+
+def version_of(database: Database) -> int:
+    with database.read() as connection:
+        version: int = connection.execute(text("SELECT version FROM schema_version")).scalar_one()
+        return version
+
+
+def test_a_ledger_is_migrated_and_a_newer_one_refused(where: str) -> None:
+    Ledger.open(where).close()
+    database = Database(where)
+
+    def another(connection: Connection) -> None:
+        connection.execute(text("ALTER TABLE submissions ADD COLUMN added TEXT"))
+
+    for _ in range(2):
+        with database.write() as connection:
+            migrate(connection, (*MIGRATIONS, another))
+    assert version_of(database) == len(MIGRATIONS) + 1
+    database.close()
+    with pytest.raises(LedgerError, match="upgrade bzstream"):
+        Ledger.open(where)
+
+
+VERSION_1_EVALUATIONS = (
+    "CREATE TABLE evaluations (submission_id TEXT NOT NULL, round BIGINT NOT NULL, expert_group BIGINT NOT NULL,"
+    " weights TEXT NOT NULL, sketch TEXT NOT NULL, record TEXT NOT NULL, PRIMARY KEY (submission_id))",
+    "CREATE INDEX evaluations_of_a_round ON evaluations (round, expert_group)",
+)
+"""What evaluators added to a ledger of version 1 without a word in its version."""
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_ledger_of_version_1_is_brought_up_with_all_that_it_holds(where: str, evaluated: bool) -> None:
+    database = Database(where)
+    with database.write() as connection:
+        migrate(connection, MIGRATIONS[:1])
+        submission_id = accepted(Acceptance()(connection, [candidate()])[0])
+        for statement in VERSION_1_EVALUATIONS if evaluated else ():
+            connection.execute(text(statement))
+        if evaluated:
+            row = {"submission_id": submission_id, "round": ROUND, "record": "{}"}
+            connection.execute(insert(evaluations).values(**row, expert_group=3, weights="w", sketch="s"))
+    assert version_of(database) == 1
+    ledger = Ledger.open(where)
+    record = ledger.find(submission_id)
+    assert record is not None
+    assert (record.status, record.round) == ("queued", ROUND)
+    assert ledger.accept(candidate()) == Duplicate(submission_id)
+    ledger.close()
+    assert version_of(database) == len(MIGRATIONS) == 2
+    with database.read() as connection:
+        assert connection.execute(select(evaluations.c.submission_id)).scalars().all() == [submission_id] * evaluated
+        indexes = {index["name"] for index in inspect(connection).get_indexes("evaluations")}
+    assert "evaluations_of_a_round" in indexes
+    database.close()
+
+
+def test_a_ledger_of_version_1_is_brought_up_by_its_evaluator_too(where: str) -> None:
+    database = Database(where)
+    with database.write() as connection:
+        migrate(connection, MIGRATIONS[:1])
+    records = Records(where)
+    assert records.fingerprints(ROUND, 0) == {}
+    records.close()
+    assert version_of(database) == len(MIGRATIONS)
+    database.close()
