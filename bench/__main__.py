@@ -91,9 +91,12 @@ def gather(name: str, *, quick: bool, limit: float) -> Outcome:
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a bench that is still running, with every server that it has started."""
     if process.poll() is None:
-        for child in psutil.Process(process.pid).children(recursive=True):
+        children = psutil.Process(process.pid).children(recursive=True)
+        for child in children:
             child.kill()
         process.kill()
+        # What is killed still runs for an instant: the next bench begins when it is gone.
+        psutil.wait_procs(children, timeout=5)
     process.wait()
 
 
