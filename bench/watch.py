@@ -2,7 +2,7 @@
 
 A stall of a server's loop has two possible causes: the server did something for so long, or it had no core. A process
 that does nothing but nap (nap.c) can only have the second. If its longest oversleep comes near the loop's longest
-stall, the stall was the machine's. The converse does not follow: who computes is let wait longer than who sleeps.
+stall, lacking a core explains the stall. The converse does not follow: who computes is let wait longer than who sleeps.
 """
 
 from __future__ import annotations
