@@ -121,10 +121,16 @@ def eventually(condition: Callable[[], Any], what: str, seconds: float = DEADLIN
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A free port of 127.0.0.1 that stays so until a node has it: the kernel gives none of these to a client."""
+    begin = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    while True:
+        port = 10_000 + secrets.randbelow(begin - 10_000) if begin > 10_000 else 0
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -303,10 +303,10 @@ def test_ranges_that_are_none(node: Node, whole: bytes) -> None:
 # --- the slow and the many ---
 
 PATIENCE = {
-    "BZ_HTTP_HEAD_TIMEOUT_S": "0.5",
-    "BZ_HTTP_BODY_TIMEOUT_S": "0.5",
+    "BZ_HTTP_HEAD_TIMEOUT_S": "0.8",
+    "BZ_HTTP_BODY_TIMEOUT_S": "0.8",
     "BZ_HTTP_IDLE_TIMEOUT_S": "1.5",
-    "BZ_HTTP_STALL_TIMEOUT_S": "0.8",
+    "BZ_HTTP_STALL_TIMEOUT_S": "1.0",
     "BZ_HTTP_LINGER_S": "1.5",
     "BZ_HTTP_MAX_CONNECTIONS_PER_CALLER": "4",
 }
@@ -322,9 +322,10 @@ def hasty(node: Node, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node
         assert troubles(running) == []
 
 
-def trickle(client: Client, text: str, pause: float = 0.05) -> float:
-    """Send byte by byte until the server answers; the seconds until then."""
+def trickle(client: Client, start: str, text: str, pause: float = 0.05) -> float:
+    """Send `start`, then byte by byte until the server answers; the seconds until then."""
     begun = time.monotonic()
+    client.send(start)
     client.socket.settimeout(pause)
     for letter in text:
         client.send(letter)
@@ -338,15 +339,14 @@ def trickle(client: Client, text: str, pause: float = 0.05) -> float:
 
 
 @pytest.mark.parametrize(
-    "begun", ["", POST + "Content-Length: 900\r\n\r\n", POST + "Transfer-Encoding: chunked\r\n\r\n900\r\n"]
+    "start", ["", POST + "Content-Length: 900\r\n\r\n", POST + "Transfer-Encoding: chunked\r\n\r\n900\r\n"]
 )
-def test_slow_senders(hasty: Node, begun: str) -> None:
+def test_slow_senders(hasty: Node, start: str) -> None:
     with Client(hasty.port) as client:
-        client.send(begun)
-        seconds = trickle(client, line("/model/partial") + "x" * 900)
+        seconds = trickle(client, start, line("/model/partial") + "x" * 900)
         answer = client.read()
         assert (answer.status, answer.code, answer.get("connection")) == (408, "request_timeout", "close")
-        assert 0.4 < seconds < 3
+        assert 0.7 < seconds < 4
         assert client.ends()
 
 
@@ -365,7 +365,7 @@ def test_a_reader_that_stalls_is_closed_and_a_slow_one_is_not(hasty: Node) -> No
         for client in (stalled, slow):
             client.send(full)
         begun = time.monotonic()
-        while time.monotonic() - begun < 2.0:
+        while time.monotonic() - begun < 2.8:
             assert slow.socket.recv(30_000)
             time.sleep(0.02)
         stalled.socket.settimeout(5)
