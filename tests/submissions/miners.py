@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 
+from bzstream.submissions.database import Database
 from bzstream.submissions.ledger import Ledger
 from bzstream.submissions.records import Accepted
 from tests.submissions.values import HOTKEYS, candidate
@@ -44,6 +45,7 @@ def submit(where: str, first: int, count: int) -> None:
 
 
 def main(where: str) -> None:
+    Database(where).close()  # imports the driver, before the forks
     say("ready")
     for line in sys.stdin:
         first, count = map(int, line.split())
