@@ -42,6 +42,7 @@ GROUP = 1
 WINDOWS, WINDOW_TOKENS = 512, 512
 """Of each submission: far more than a window of this bench needs, so that the evaluator never runs out of work."""
 PATIENCE_S = 90.0
+FINAL = frozenset({"scored", "rejected", "failed"})
 VOCABULARY = 1024
 
 
@@ -118,7 +119,7 @@ def window(target: Target, folder: Path, evaluator: psutil.Process, seconds: flo
     moved = result(load)
     after, took = evaluator.cpu_times(), time.monotonic() - began
     used = after.user + after.system - before.user - before.system
-    return {"gb_s": moved["bytes"] / moved["seconds"] / 1e9, "cores": used / took, **health}
+    return {"gb_s": moved["bytes"] / moved["seconds"] / 1e9, "cores": max(0.0, used / took), **health}
 
 
 def measure(quick: bool) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def measure(quick: bool) -> dict[str, Any]:
                     taken[what].append(window(target, folder, evaluator, seconds))
         finally:
             evaluator.send_signal(signal.SIGCONT)
-        if "evaluating" not in (found := states(node, ids, token)):
+        if FINAL.issuperset(found := states(node, ids, token)):
             raise RuntimeError(f"the evaluator ran out of work: the submissions are {found}")
     rows = []
     beside = f"beside {DOWNLOADS} downloads"
