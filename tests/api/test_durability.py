@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,8 @@ class Miner(threading.Thread):
 
 def kill_everything(node: Node) -> None:
     for process in (node.process.pid, *children(node.process.pid)):
-        os.kill(process, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # the kernel kills the children too once the first is gone, and may be quicker
+            os.kill(process, signal.SIGKILL)
     node.process.wait()
 
 
