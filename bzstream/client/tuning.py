@@ -53,8 +53,9 @@ class Tuning:
     """A buffer older than this is written as it is, so that a kill loses next to nothing on a slow link."""
     direct_from: int = 256 * KIB
     """Smallest write that bypasses the page cache."""
-    memory_piece: int = 512 * KIB
-    """Bytes of one receive into final memory: hashed right after it, while they are in the cache."""
+    memory_piece: int = 2 * MIB
+    """Most bytes of one receive into final memory, a huge page: hashed right after it, while they are in the cache. A
+    socket seldom holds so much; with less room a receive ends early and the loop around it runs more often."""
     run_s: float = 2.0
     """A range is asked for in runs of about this many seconds, but at least `run_rtts` round trips..."""
     run_rtts: float = 40.0
