@@ -30,7 +30,7 @@ NODE, PEER = "bzstream", "nginx sendfile"
 
 def measure_all(quick: bool) -> dict[str, Any]:
     """Rows, and what is missing."""
-    seconds, rounds, counts = (0.3, 1, CONNECTIONS[:1]) if quick else (2.0, 5, CONNECTIONS)
+    seconds, rounds, counts = (0.3, 1, CONNECTIONS[:1]) if quick else (2.0, 3, CONNECTIONS)
     missing: list[str] = []
     found: dict[tuple[str, int, int], Row] = {}
     busy: dict[tuple[str, int, int], list[float]] = {}
