@@ -85,7 +85,7 @@ class Miner(threading.Thread):
 
 def kill_everything(node: Node) -> None:
     for process in (node.process.pid, *children(node.process.pid)):
-        with suppress(ProcessLookupError):  # the kernel kills the children too once the first is gone, and may be quicker
+        with suppress(ProcessLookupError):  # the kernel, which kills the children of a dead node, was quicker
             os.kill(process, signal.SIGKILL)
     node.process.wait()
 
