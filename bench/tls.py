@@ -5,7 +5,8 @@ connections, all in turns, one worker each, with one cipher (TLS 1.3, AES-256-GC
 Two clients (tls.c): one that counts records without decrypting them, which is cheaper than any server here and so
 shows the server; and one that decrypts, as a miner's does, on the same cores. To the plain servers goes the client of
 `bench.serve` that copies, as both of these do. User time is what encryption takes in user space: the kernel's TLS
-would move it to system time, and what this kernel offers is said in the notes.
+would move it to system time, and what this kernel offers is said in the notes. Where the client was busy nearly all the
+time, it was the bottleneck and not the server.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.native import MissingPeer, compiled
-from bench.peers.servers import NGINX_MODES, Target, cpu_split, nginx, serving
+from bench.peers.servers import NGINX_MODES, Target, cpu_split, ended_children_cpu, nginx, serving
 from bench.peers.servers import compiled as compiled_peer
 from bench.rows import quantile, row_of
 from bench.serve import FILE_SIZE, QUICK_FILE_SIZE, warm_file, whole_node
@@ -44,6 +45,8 @@ class Taken:
     rates: list[float] = field(default_factory=list)
     user: list[float] = field(default_factory=list)
     system: list[float] = field(default_factory=list)
+    busy: list[float] = field(default_factory=list)
+    """Share of the time in which the client computed."""
 
 
 Key = tuple[str, str, int]
@@ -65,7 +68,7 @@ def certificate(folder: Path) -> tuple[Path, Path]:
 
 
 def drive(target: Target, kind: str, connections: int, seconds: float, folder: Path) -> tuple[dict[str, Any], float]:
-    """One window: what the client says, and its CPU seconds a second. Raises RuntimeError for a wrong answer."""
+    """One window: what the client says, and which share of its time counts. Raises RuntimeError for a wrong answer."""
     program = compiled_peer("discard.c", folder) if kind == "plain" else compiled(DRIVER, "ssl", "crypto")
     option = "0" if kind == "tls" else "1"
     length = 0 if connections <= CONNECTIONS[0] else min(RANGE, target.size)
@@ -91,7 +94,9 @@ def measure(quick: bool) -> dict[str, Any]:
     taken: dict[Key, Taken] = {}
     with tempfile.TemporaryDirectory(prefix="bzstream-bench-") as name, ExitStack() as stack:
         folder = Path(name)
+        # Now, so that the compiler's time is not taken for a client's.
         compiled(DRIVER, "ssl", "crypto")
+        compiled_peer("discard.c", folder)
         pair = certificate(folder)
         file = warm_file(folder, QUICK_FILE_SIZE if quick else FILE_SIZE)
         servers: dict[tuple[str, bool], Target] = {
@@ -110,10 +115,11 @@ def measure(quick: bool) -> dict[str, Any]:
                 target = servers[server, secure]
                 for kind in ("tls", "decrypted") if secure else ("plain",):
                     for connections in counts:
-                        before = cpu_split(target.pid)
+                        before, clients = cpu_split(target.pid), ended_children_cpu()
                         found, share = drive(target, kind, connections, seconds, folder)
                         after = cpu_split(target.pid)
                         one = taken.setdefault((server, kind, connections), Taken())
+                        one.busy.append((ended_children_cpu() - clients) / (found["seconds"] / share))
                         # The client's warm-up is in the CPU time but not in the count.
                         gigabytes = found["bytes"] / 1e9 / share
                         one.rates.append(found["bytes"] / found["seconds"] / 1e9)
@@ -134,6 +140,7 @@ def _rows(taken: dict[Key, Taken]) -> list[dict[str, Any]]:
             row_of(name, "GB/s", one.rates, subject=server, peer=peer, ratio=ratio),
             row_of(f"{name}: user CPU", "s/GB", one.user, subject=server),
             row_of(f"{name}: system CPU", "s/GB", one.system, subject=server),
+            row_of(f"{name}: the client was busy", "share", one.busy, subject=server),
         ]
     for connections in CONNECTIONS:
         for server in (NODE, PEER):

@@ -11,14 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from bench.peers.servers import NGINX_MODES, Target, nginx, serving
+from bench.peers.servers import NGINX_MODES, Target, compiled, ended_children_cpu, nginx, serving
 from bench.rows import quantile, row_of
 from bench.serve import FILE_SIZE, QUICK_FILE_SIZE, Row, measure, warm_file, whole_node
 
@@ -36,6 +35,7 @@ def measure_all(quick: bool) -> dict[str, Any]:
     busy: dict[tuple[str, int, int], list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="bzstream-bench-") as name, ExitStack() as stack:
         folder = Path(name)
+        compiled("discard.c", folder)  # now, so that the compiler's time is not taken for the client's
         file = warm_file(folder, QUICK_FILE_SIZE if quick else FILE_SIZE)
         targets: dict[tuple[str, int], Target] = {}
         for workers in WORKERS:
@@ -50,18 +50,12 @@ def measure_all(quick: bool) -> dict[str, Any]:
                 for connections in counts:
                     key = (server, workers, connections)
                     row = found.setdefault(key, Row(server, connections, "discard"))
-                    before, began = _client_cpu(), time.monotonic()
+                    before, began = ended_children_cpu(), time.monotonic()
                     measure(row, targets[server, workers], seconds, folder)
                     if row.error:
                         raise RuntimeError(f"{server}, {workers} workers: {row.error}")
-                    busy.setdefault(key, []).append((_client_cpu() - before) / (time.monotonic() - began))
+                    busy.setdefault(key, []).append((ended_children_cpu() - before) / (time.monotonic() - began))
     return {"rows": _rows(found, busy), "missing": missing, "notes": f"{os.cpu_count()} cores for all processes."}
-
-
-def _client_cpu() -> float:
-    """CPU seconds of the children that have ended: the clients. The servers have not."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def _rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -175,6 +176,12 @@ def cpu_split(pid: int) -> tuple[float, float]:
         user += int(fields[11]) + int(fields[13])
         system += int(fields[12]) + int(fields[14])
     return user / TICKS, system / TICKS
+
+
+def ended_children_cpu() -> float:
+    """CPU seconds of this process's children that have ended: the clients, while the servers still run."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def peak_memory(pid: int) -> int:
