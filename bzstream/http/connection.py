@@ -44,6 +44,8 @@ _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _BEFORE_REFUSAL = frozenset({400, 403})
 """What an application refuses with before 429 and 503 in the order of checks."""
 _CLIENT_CLOSED = 499
+_LOOKS = 8
+"""How often in a stall time-out a reader is looked at. What the kernel's buffers swallow counts as taken once."""
 _OUR_FAULT = frozenset({errno.EIO, errno.EBADF, errno.EINVAL, errno.ENOMEM})
 """OSErrors of a send that speak of the disk or of us. All others mean that the client is gone."""
 
@@ -370,9 +372,9 @@ class Connection:
             self._transfer = Transfer(self, self._link, self.fd, caller, lead[taken:], None, server.clock())
         else:
             self._transfer = Transfer(self, self._link, self.fd, caller, head, body, server.clock())
-        self._moved = server.clock()
-        self._set_deadline(self._moved + server.settings.stall_timeout_s)
+        self._moved = now = server.clock()
         server.sender.begin(self._transfer)
+        self._set_deadline(now + server.settings.stall_timeout_s / _LOOKS)
 
     def _answered(self) -> None:
         """The whole answer is with the kernel: go on to the next request, or to the end."""
@@ -435,7 +437,7 @@ class Connection:
         if now - self._moved >= patience:
             self.close(reset=True)
         else:
-            self._set_deadline(min(now + patience / 4, self._moved + patience))
+            self._set_deadline(min(now + patience / _LOOKS, self._moved + patience))
 
     def _discard(self) -> None:
         """After the last answer: let the client finish writing and read it, within limits (RFC 9112 9.6)."""

@@ -90,23 +90,24 @@ def test_a_client_that_vanishes_costs_one_descriptor_and_no_noise(serve: Serve, 
 
 
 def test_a_reader_that_takes_nothing_is_closed(serve: Serve) -> None:
-    server = serve(stall_timeout_s=0.5)
+    """After the time-out, and an eighth of it; not after twice as long, as the kernel's buffers could make believe."""
+    server = serve(stall_timeout_s=2.0)
     with server.connect(receive_buffer=4096) as client:
+        begun = time.monotonic()
         client.send(FILE)
         wait_until(lambda: server.server.downloads == 1)
-        begun = time.monotonic()
         wait_until(lambda: server.server.connections == 0)
-        assert 0.4 < time.monotonic() - begun < 3
+        assert 2.0 <= time.monotonic() - begun < 3.5
         with pytest.raises(ConnectionResetError):
             read_to_end(client.socket)
 
 
 def test_a_reader_that_takes_little_is_not(serve: Serve) -> None:
     """It may leave the socket unwritable for much longer than the time-out."""
-    server = serve(stall_timeout_s=0.5)
+    server = serve(stall_timeout_s=1.0)
     with server.connect(receive_buffer=4096) as client:
         client.send(FILE)
-        for _ in range(60):
+        for _ in range(80):
             client.socket.recv(3000)
             time.sleep(0.03)
         assert server.server.downloads == 1

@@ -7,7 +7,6 @@ import itertools
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import psycopg
 import pytest
 
 from bzstream.submissions.ledger import Ledger
+from tests.nodes import free_port
 
 _NUMBERS = itertools.count(1)
 _MEMORY, _ROOM = Path("/dev/shm"), 2 << 30
@@ -44,9 +44,7 @@ def postgres_server() -> Iterator[str]:
     in_memory = _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free >= _ROOM
     folder = Path(tempfile.mkdtemp(prefix="bzstream-postgres-", dir=_MEMORY if in_memory else None))
     os.chown(folder, owner.pw_uid, owner.pw_gid)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
 
     def run(*command: str) -> None:
         subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL, timeout=120, **as_owner)  # type: ignore[call-overload]
