@@ -29,7 +29,7 @@ __all__ = ["measure", "run"]
 
 DRIVER = Path(__file__).with_name("first_byte.c")
 DOWNLOADS = 64
-INTERVAL_MS = 5
+INTERVAL_MS = 50
 NODE, PEER = "bzstream", "nginx aio"
 RAMP_S = 0.3
 """After which the downloads are under way."""

@@ -55,11 +55,15 @@ async def run(
         asyncio.create_task(_apply(changes, view, server, telemetry)),
     ]
     log.info("ready")
+    stopped: asyncio.Future[object] = asyncio.ensure_future(stop.wait())
     try:
-        await stop.wait()
+        await asyncio.wait([stopped, server.failure], return_when=asyncio.FIRST_COMPLETED)
+        if server.failure.done():
+            raise BzstreamError("the worker can send no more; its supervisor starts another")
         view.draining = True
         await server.drain(settings.http.drain_s)
     finally:
+        stopped.cancel()
         for poller in pollers:
             poller.cancel()
         await server.close()

@@ -179,7 +179,9 @@ class Sender:
         loop: asyncio.AbstractEventLoop,
         readahead: ReadAhead,
         clock: Callable[[], float],
+        failed: Callable[[Exception], None],
     ) -> None:
+        """`failed` is called on the loop should a thread end by a bug: then nothing is sent any more."""
         self.active: set[Transfer] = set()
         """Transfers begun and not yet over."""
         self.sent = 0
@@ -187,6 +189,7 @@ class Sender:
         self._loop = loop
         self._readahead = readahead
         self._clock = clock
+        self._failed = failed
         self._lock = threading.Lock()
         self._turns: Turns[Transfer] = Turns(quantum)
         self._idle = 0
@@ -197,7 +200,7 @@ class Sender:
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._bell, select.EPOLLIN | select.EPOLLET)
         self._blocked: dict[int, Transfer] = {}
-        self._threads = [threading.Thread(target=self._work, name=f"send-{n}", daemon=True) for n in range(threads)]
+        self._threads = [threading.Thread(target=self._run, name=f"send-{n}", daemon=True) for n in range(threads)]
         for thread in self._threads:
             thread.start()
 
@@ -254,6 +257,16 @@ class Sender:
                 self._enqueue_locked(transfer)
 
     # In the threads.
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:
+            self._closed = (
+                True  # with one thread less, and a queue that may be wrong, all that waits could wait for ever
+            )
+            self._ring()
+            self._loop.call_soon_threadsafe(self._failed, error)
 
     def _work(self) -> None:
         residency, picks = Residency(self._readahead.settling), 0
@@ -350,6 +363,7 @@ class Sender:
 
     def _retire_locked(self, transfer: Transfer) -> None:
         transfer.state = TransferState.OVER
+        self._turns.leave(transfer)
         self._blocked.pop(transfer.fd, None)
         if transfer.registered:
             self._epoll.unregister(transfer.fd)

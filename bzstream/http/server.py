@@ -99,7 +99,9 @@ class Server:
         self.wheel = Wheel(min(1.0, shortest / 8), clock())
         self._loop = loop or asyncio.get_running_loop()
         self._readahead = ReadAhead(self._loop)
-        self.sender = Sender(settings.send_threads, settings.quantum, self._loop, self._readahead, clock)
+        self.sender = Sender(settings.send_threads, settings.quantum, self._loop, self._readahead, clock, self._fail)
+        self.failure: asyncio.Future[object] = self._loop.create_future()
+        """Ends, with the exception, should a bug leave the server unable to send: then it is to be replaced."""
         # The sockets.
         self._epoll = select.epoll()
         self._listeners: dict[int, socket.socket] = {}
@@ -176,6 +178,12 @@ class Server:
                 task.cancel()
             await asyncio.gather(*pending, return_exceptions=True)
         self._epoll.close()
+
+    def _fail(self, error: Exception) -> None:
+        self.observer.on_error(error, None)
+        if not self.failure.done():
+            self.failure.set_exception(error)
+            self.failure.exception()  # who does not look is not told twice
 
     # What connections call.
 

@@ -5,6 +5,9 @@ may send the whole; what it leaves (its socket is full, its answer is over) goes
 connections gets one miner's share, a miner with one connection gets the same, and short answers cost nobody theirs.
 What a caller has no use for in its turn is gone; what it overdrew, it owes.
 
+A caller who comes has his first turn before all others (as RFC 8290 treats new flows), so that a first byte waits for
+nobody's megabytes. Until his place in the round was passed he does not come anew, so this is no way to a larger share.
+
 Several threads may have takes under way at a time. What one of them leaves is its caller's next, before others' turns.
 """
 
@@ -26,14 +29,17 @@ class Waiting(Protocol):
 class Flow:
     """One caller: its connections that are ready, and the bytes that they may still send in its turn."""
 
-    __slots__ = ("caller", "credit", "in_round", "passed", "ready", "taken")
+    __slots__ = ("caller", "credit", "items", "passed", "queued", "ready", "taken")
 
     def __init__(self, caller: str) -> None:
         self.caller = caller
         self.credit = 0
-        self.in_round = False
+        self.items = 0
+        """Connections, ready or not."""
+        self.queued = False
+        """Whether it has a place in the round, or before it."""
         self.passed = False
-        """Its turn came while all that it had was under way: it has the next one."""
+        """Its turn came while all that was ready was under way: it has the next one."""
         self.taken = 0
         """Takes under way."""
         self.ready: deque[Waiting] = deque()
@@ -49,6 +55,7 @@ class Turns(Generic[Item]):
         """`quantum`: bytes of one turn, at least 1."""
         self._quantum = quantum
         self._flows: dict[str, Flow] = {}
+        self._come: deque[Flow] = deque()
         self._round: deque[Flow] = deque()
         self._unfinished: deque[Flow] = deque()
         self._ready = 0
@@ -57,15 +64,20 @@ class Turns(Generic[Item]):
         return self._ready
 
     def add(self, item: Item) -> None:
-        """It is ready to send."""
-        flow = self._flows.get(item.caller)
+        """It is ready to send, for the first time or again; `leave` has to follow in the end."""
+        flow = item.flow
+        queue = self._round
         if flow is None:
-            flow = self._flows[item.caller] = Flow(item.caller)
-        if not flow.in_round:
-            flow.in_round = True
-            (self._round.appendleft if flow.passed else self._round.append)(flow)
+            flow = self._flows.get(item.caller)
+            if flow is None:
+                flow, queue = Flow(item.caller), self._come
+                self._flows[item.caller] = flow
+            flow.items += 1
+            item.flow = flow
+        if not flow.queued:
+            flow.queued = True
+            (queue.appendleft if flow.passed else queue.append)(flow)
             flow.passed = False
-        item.flow = flow
         flow.ready.append(item)
         self._ready += 1
 
@@ -94,7 +106,15 @@ class Turns(Generic[Item]):
         flow.credit += rest
         if flow.credit > 0 and flow.ready:
             self._unfinished.append(flow)
-        elif not flow.taken and not flow.in_round:
+
+    def leave(self, item: Item) -> None:
+        """It is out of the queue, and for good; does nothing the second time."""
+        flow = item.flow
+        if flow is None:
+            return
+        item.flow = None
+        flow.items -= 1
+        if not flow.items and not flow.queued:
             del self._flows[flow.caller]
 
     def _next(self) -> Flow | None:
@@ -102,15 +122,14 @@ class Turns(Generic[Item]):
             flow = self._unfinished.popleft()
             if flow.ready and flow.credit > 0:
                 return flow
-        while self._round:
-            flow = self._round[0]
+        while queue := self._come or self._round:
+            flow = queue.popleft()
             if not flow.ready:
-                self._round.popleft()
-                flow.in_round, flow.passed = False, flow.taken > 0
-                if not flow.taken:
+                flow.queued, flow.passed = False, flow.taken > 0
+                if not flow.items:
                     del self._flows[flow.caller]
                 continue
-            self._round.rotate(-1)
+            self._round.append(flow)
             flow.credit = min(flow.credit, 0) + self._quantum
             if flow.credit > 0:
                 return flow

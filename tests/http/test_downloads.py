@@ -20,6 +20,7 @@ import pytest
 
 from bzstream.http import readahead
 from bzstream.http.readahead import Residency
+from bzstream.http.turns import Turns
 from bzstream.payload import UnitFile
 from tests.http.support import AUTH, Client, Running, no_descriptor_leak, wait_until
 
@@ -167,6 +168,24 @@ def test_callers_get_equal_shares(serve: Serve, tmp_path: Path) -> None:
             owner_of[client.socket.fileno()] = (number, client)
             poll.register(client.socket, select.EPOLLIN)
         assert take(0.5) >= 0.97
+
+
+def test_a_bug_in_a_sending_thread_is_the_servers_end(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told, and whoever runs the server hears of it: downloads would otherwise wait for ever."""
+    server = serve()
+
+    def broken(_: object) -> None:
+        raise KeyError("a bug")
+
+    with server.connect(receive_buffer=4096) as client:
+        client.send(FILE)
+        wait_until(lambda: server.server.downloads == 1)
+        monkeypatch.setattr(Turns, "take", broken)
+        with server.connect() as other:
+            other.send(FILE)
+            wait_until(server.server.failure.done)
+    assert [type(error) for error in server.observer.errors] == [KeyError]
+    server.observer.errors.clear()
 
 
 def evict(path: Path) -> None:

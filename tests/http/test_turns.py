@@ -63,6 +63,80 @@ def test_what_one_connection_leaves_is_the_callers_next() -> None:
     assert turns.take() == (other, QUANTUM)
 
 
+def test_who_comes_is_served_first_and_then_like_everybody() -> None:
+    turns: Turns[Item] = Turns(QUANTUM)
+    old = [Item(str(number), QUANTUM) for number in range(5)]
+    for item in old:
+        turns.add(item)
+    for expected in old:
+        assert turns.take() == (expected, QUANTUM)
+        turns.settle(expected, 0)
+        turns.add(expected)
+    new = Item("new", QUANTUM)
+    turns.add(new)
+    order = []
+    for _ in range(13):
+        taken = turns.take()
+        assert taken is not None
+        order.append(taken[0])
+        turns.settle(taken[0], 0)
+        turns.add(taken[0])
+    assert order == [new, *old, new, *old, new]
+
+
+def test_coming_and_going_brings_nobody_a_second_turn_a_round() -> None:
+    turns: Turns[Item] = Turns(QUANTUM)
+    for number in range(5):
+        turns.add(Item(str(number), QUANTUM))
+    turns.add(Item("fickle", QUANTUM))
+    served = 0
+    for _ in range(600):
+        taken = turns.take()
+        assert taken is not None
+        item = taken[0]
+        turns.settle(item, 0)
+        if item.caller == "fickle":
+            served += 1
+            turns.leave(item)
+            turns.add(Item("fickle", QUANTUM))
+        else:
+            turns.add(item)
+    assert served == 600 / 6
+
+
+def test_a_caller_that_left_is_new_after_a_round() -> None:
+    turns: Turns[Item] = Turns(QUANTUM)
+    steady, guest = [Item(str(number), QUANTUM) for number in range(3)], Item("guest", QUANTUM)
+    for item in (*steady, guest):
+        turns.add(item)
+    for _ in range(8):
+        taken = turns.take()
+        assert taken is not None
+        turns.settle(taken[0], 0)
+        turns.leave(guest) if taken[0] is guest else turns.add(taken[0])
+    again = Item("guest", QUANTUM)
+    turns.add(again)
+    assert turns.take() == (again, QUANTUM)
+
+
+def test_who_was_blocked_waits_for_its_turn() -> None:
+    turns: Turns[Item] = Turns(QUANTUM)
+    items = [Item(str(number), QUANTUM) for number in range(4)]
+    blocked = items[0]
+    for item in items:
+        turns.add(item)
+    for _ in range(9):
+        taken = turns.take()
+        assert taken is not None
+        turns.settle(taken[0], 0)
+        if taken[0] is not blocked:
+            turns.add(taken[0])
+    turns.add(blocked)
+    served = [taken[0] for taken in (turns.take() for _ in range(4)) if taken is not None]
+    assert served[-1] is blocked
+    assert set(served) == set(items)
+
+
 def test_credit_is_not_saved_up_and_debts_are_kept() -> None:
     turns: Turns[Item] = Turns(QUANTUM)
     alone = Item("a", 1)
@@ -123,9 +197,12 @@ def test_whoever_is_ready_is_served(rooms: list[list[int]], data: st.DataObject)
         elif step == "settle" and under_way:
             item, allowance = under_way.pop(data.draw(st.integers(0, len(under_way) - 1)))
             turns.settle(item, data.draw(st.integers(-QUANTUM, allowance)))
+            if data.draw(st.booleans()):
+                turns.leave(item)
         elif step == "remove" and waiting:
             item = waiting.pop(data.draw(st.integers(0, len(waiting) - 1)))
             turns.remove(item)
+            turns.leave(item)
         elif step == "add":
             item = Item(str(data.draw(st.integers(0, 5))), 1)
             waiting.append(item)
