@@ -1,4 +1,4 @@
-"""The client beside aria2c, curl and a bare recv_into loop: to disk, into tensors, over a wide-area link.
+"""The client beside aria2c, curl, huggingface_hub and a bare recv_into loop: to disk, into tensors, over a long link.
 
     python -m bench.pull [--quick] [--json FILE] [--only disk,tensors,wan,memory]
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import resource
@@ -149,6 +150,12 @@ class Fetch:
             "curl", file, ["curl", "-fsS", "-o", str(file), *self._headers("-H"), self._slice()], sync=True
         )
 
+    def hugging_face(self) -> Figures:
+        file = self.work / "out" / "hf.bin"
+        fields = self._headers("")[1::2]
+        command = [sys.executable, "-m", "bench.peers.hf_get", self._slice(), str(file), str(self.size), *fields]
+        return self._timed("huggingface_hub", file, command, sync=True)
+
     def _timed(self, name: str, file: Path, command: list[str], *, sync: bool = False) -> Figures:
         shutil.rmtree(file.parent, ignore_errors=True)
         file.parent.mkdir()
@@ -234,6 +241,10 @@ def to_disk(fetch: Fetch, rounds: int, missing: list[str]) -> list[dict[str, Any
         "bzstream sha256": lambda: fetch.bzstream("sha256"),
         **peers(missing, fetch),
     }
+    if importlib.util.find_spec("huggingface_hub") is not None:
+        subjects["huggingface_hub"] = fetch.hugging_face
+    else:
+        missing.append("huggingface_hub is not here")
     targets = {
         (f"bzstream {v}", p): t for v, t in (("blake3", ">= 2.5"), ("sha256", ">= 1")) for p in ("aria2c", "curl")
     }
