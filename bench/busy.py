@@ -9,7 +9,6 @@ on two cores, with a client that needs one, it takes from both, and how much is 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import secrets
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from bench.command import command
 from bench.evaluate import make
 from bench.latency import discard, probe, result
 from bench.node import Node, free_port, miners, serve, write_chain
@@ -33,7 +33,7 @@ from bench.peers.servers import Target
 from bench.rows import quantile, row_of
 from bench.serve import SLICE, UNLIMITED, fields_of
 
-__all__ = ["measure", "run"]
+__all__ = ["measure"]
 
 SUBMIT_BLOCK, SEED_BLOCK = 12530, 12600
 """A block of the submit phase, and the first after it: from then on the evaluator may score."""
@@ -182,24 +182,8 @@ def measure(quick: bool) -> dict[str, Any]:
     return {"rows": rows, "notes": f"A model of 0.3 GB, {model}, one thread; the evaluator was stopped to be idle."}
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
-    """The rows of `measure`."""
-    rows: list[dict[str, Any]] = measure(quick)["rows"]
-    return rows
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-    report = measure(arguments.quick)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2), encoding="utf-8")
-    for row in report["rows"]:
-        against = f"{row['ratio']:.2f}x {row['peer']}" if row["ratio"] is not None else ""
-        print(f"{row['name']:<32} {row['subject']:<16} {row['median']:>8.3f} {row['unit']:<6} {against}")
-    print(report["notes"])
+    command("busy", __doc__, measure)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ each. Above a few milliseconds it is turns and cores that are waited for, and th
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -18,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from bench.command import command
 from bench.native import compiled
 from bench.node import miners, serve
 from bench.peers.servers import Target, serving
@@ -25,7 +25,7 @@ from bench.peers.servers import compiled as compiled_peer
 from bench.rows import row_of
 from bench.serve import FILE_SIZE, QUICK_FILE_SIZE, RANGE, SLICE, UNLIMITED, fields_of, warm_file
 
-__all__ = ["measure", "run"]
+__all__ = ["measure"]
 
 DRIVER = Path(__file__).with_name("first_byte.c")
 DOWNLOADS = 64
@@ -114,25 +114,8 @@ def measure(quick: bool) -> dict[str, Any]:
     return {"rows": rows, "missing": missing}
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
-    """The rows of `measure`."""
-    rows: list[dict[str, Any]] = measure(quick)["rows"]
-    return rows
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-    report = measure(arguments.quick)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2), encoding="utf-8")
-    for row in report["rows"]:
-        spread = "" if row["low"] is None else f"{row['low']:.2f} - {row['high']:.2f}"
-        print(f"{row['name']:<44} {row['subject']:<10} {row['median']:>8.3f} {row['unit']:<5} {spread}")
-    for sentence in report["missing"]:
-        print(sentence)
+    command("first_byte", __doc__, measure)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ and httptools, its fastest. They take turns; the median of the rounds' ratios co
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import tempfile
@@ -17,12 +16,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from bench.command import command
 from bench.native import compiled
 from bench.node import publish_slices, serve
 from bench.peers.servers import serving
 from bench.rows import quantile, row_of
 
-__all__ = ["measure", "run"]
+__all__ = ["measure"]
 
 DRIVER = Path(__file__).with_name("small.c")
 PEER = "FastAPI"
@@ -82,25 +82,8 @@ def measure(quick: bool) -> dict[str, Any]:
     return {"rows": rows, "missing": missing}
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
-    """The rows of `measure`."""
-    rows: list[dict[str, Any]] = measure(quick)["rows"]
-    return rows
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-    report = measure(arguments.quick)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2), encoding="utf-8")
-    for row in report["rows"]:
-        ratio = f"{row['ratio']:.2f}x {row['peer']}" if row["ratio"] is not None else ""
-        print(f"{row['subject']:<10} {row['name']:<44} {row['median']:>10.2f} {row['unit']:<4} {ratio}")
-    for sentence in report["missing"]:
-        print(f"not here: {sentence}")
+    command("small", __doc__, measure)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ time, it was the bottleneck and not the server.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import tempfile
@@ -20,13 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.command import command
 from bench.native import MissingPeer, compiled
 from bench.peers.servers import NGINX_MODES, Target, cpu_split, ended_children_cpu, nginx, serving
 from bench.peers.servers import compiled as compiled_peer
 from bench.rows import quantile, row_of
 from bench.serve import FILE_SIZE, QUICK_FILE_SIZE, warm_file, whole_node
 
-__all__ = ["certificate", "measure", "run"]
+__all__ = ["certificate", "measure"]
 
 DRIVER = Path(__file__).with_name("tls.c")
 CONNECTIONS = (8, 64)
@@ -167,24 +167,8 @@ def _kernel_tls() -> str:
     return "This kernel has no TLS of its own (or has not loaded it): both servers encrypted in user space."
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
-    """The rows of `measure`."""
-    rows: list[dict[str, Any]] = measure(quick)["rows"]
-    return rows
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-    report = measure(arguments.quick)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2), encoding="utf-8")
-    for row in report["rows"]:
-        against = f"{row['ratio']:.2f}x {row['peer']}" if row["ratio"] is not None else ""
-        print(f"{row['name']:<66} {row['subject']:<9} {row['median']:>8.3f} {row['unit']:<5} {against}")
-    print("\n".join([*report["missing"], report["notes"]]))
+    command("tls", __doc__, measure)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ processes together had more to do than there are cores, a second worker cannot s
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import tempfile
 import time
@@ -17,11 +15,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from bench.command import command
 from bench.peers.servers import NGINX_MODES, Target, compiled, ended_children_cpu, nginx, serving
 from bench.rows import quantile, row_of
 from bench.serve import FILE_SIZE, QUICK_FILE_SIZE, Row, measure, warm_file, whole_node
 
-__all__ = ["measure_all", "run"]
+__all__ = ["measure_all"]
 
 WORKERS, CONNECTIONS = (1, 2), (8, 64)
 NODE, PEER = "bzstream", "nginx sendfile"
@@ -78,24 +77,8 @@ def _rows(
     return rows
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
-    """The rows of `measure_all`."""
-    rows: list[dict[str, Any]] = measure_all(quick)["rows"]
-    return rows
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-    report = measure_all(arguments.quick)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2), encoding="utf-8")
-    for row in report["rows"]:
-        against = f"{row['ratio']:.2f}x {row['peer']}" if row["ratio"] is not None else ""
-        print(f"{row['name']:<56} {row['subject']:<26} {row['median']:>8.3f} {row['unit']:<6} {against}")
-    print("\n".join([*report["missing"], report["notes"]]))
+    command("workers", __doc__, measure_all)
 
 
 if __name__ == "__main__":
