@@ -12,7 +12,6 @@ import sys
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -38,12 +37,6 @@ def command_line(commands: Iterable[str] = COMMANDS) -> typer.Typer:
     for name in commands:
         found.command(name)(getattr(importlib.import_module(f"bzstream.cli.{name}"), name))
     return found
-
-
-def __getattr__(name: str) -> Any:
-    if name != "app":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return command_line()
 
 
 def main() -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bzstream.cli import app
+from bzstream.cli import command_line
 from bzstream.errors import BzstreamError
 from bzstream.submissions.ledger import Ledger
 from tests.submissions.values import HOTKEYS, ROUND, accepted, candidate
 
 
 def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, ["weights", *arguments])
+    result = CliRunner().invoke(command_line(), ["weights", *arguments])
     if isinstance(result.exception, BzstreamError):
         raise result.exception
     assert result.exit_code == 0, result.output
