@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def test_turn_of_256_kib(
     def turn() -> None:
         nonlocal current
         before = current.taken
-        state = current.advance(QUANTUM, residency)
+        state = current.advance(QUANTUM, residency, time.monotonic())
         left = current.taken - before
         while left:
             left -= reader.recv_into(waste, min(left, QUANTUM))

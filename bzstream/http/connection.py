@@ -61,6 +61,10 @@ class Phase(enum.Enum):
     CLOSED = enum.auto()
 
 
+HEAD, BODY, HANDLING, SENDING, LINGERING, CLOSED = Phase
+"""The same under names of their own: looking one up in its class takes 0.1 µs, a dozen times a request."""
+
+
 class Connection:
     """A client's connection to the server that it was accepted by."""
 
@@ -78,7 +82,7 @@ class Connection:
         self.fd = fd
         self._address = address
         self._loopback = loopback
-        self.phase = Phase.HEAD
+        self.phase = HEAD
         self.seat: str | None = None
         """The caller under whose connection limit this one counts; None while it has no seat."""
         self.surplus = False
@@ -122,7 +126,7 @@ class Connection:
     @property
     def idle(self) -> bool:
         """Whether no request is under way, not even the first bytes of one."""
-        return self.phase is Phase.HEAD and not self._inbox
+        return self.phase is HEAD and not self._inbox
 
     def on_events(self, events: int) -> None:
         """The poller's news, edge-triggered: said once, then noted here until a recv or send would block."""
@@ -138,11 +142,11 @@ class Connection:
     def on_deadline(self, now: float) -> None:
         """The wheel's news: the deadline that was set has passed."""
         self.deadline = inf
-        if self.phase is Phase.HEAD and self._inbox:
+        if self.phase is HEAD and self._inbox:
             self._respond(HttpError(408, "request_timeout", "The request head took too long."))
-        elif self.phase is Phase.BODY:
+        elif self.phase is BODY:
             self._respond(HttpError(408, "request_timeout", "The request body took too long."))
-        elif self.phase is Phase.SENDING:
+        elif self.phase is SENDING:
             self._watch_reader(now)
         else:
             self.close()
@@ -165,11 +169,11 @@ class Connection:
     def proceed(self) -> None:
         """Do what can be done at once."""
         try:
-            if self.phase is Phase.HEAD:
+            if self.phase is HEAD:
                 self._read_head()
-            elif self.phase is Phase.BODY:
+            elif self.phase is BODY:
                 self._read_body()
-            elif self.phase is Phase.LINGERING:
+            elif self.phase is LINGERING:
                 self._discard()
         except OSError:
             self.close()
@@ -178,9 +182,9 @@ class Connection:
 
     def close(self, *, reset: bool = False) -> None:
         """End it here and now, in whatever phase; safe to call twice. `reset`: drop what the kernel still holds."""
-        if self.phase is Phase.CLOSED:
+        if self.phase is CLOSED:
             return
-        begun, self.phase = self.phase in (Phase.HANDLING, Phase.SENDING), Phase.CLOSED
+        begun, self.phase = self.phase in (HANDLING, SENDING), CLOSED
         if begun:
             self._report()
         transfer = self._transfer
@@ -256,7 +260,7 @@ class Connection:
         if self._complete:
             self._handle()
             return
-        self.phase = Phase.BODY
+        self.phase = BODY
         parser = heads.body_parser(head)
         self._body = BodyReader(parser, settings.max_body, chunked="transfer-encoding" in request.headers)
         self._set_deadline(server.clock() + settings.body_timeout_s)
@@ -290,7 +294,7 @@ class Connection:
     def _handle(self) -> None:
         assert self._endpoint is not None
         assert self._request is not None
-        self.phase, self.deadline = Phase.HANDLING, inf
+        self.phase, self.deadline = HANDLING, inf
         result = self._endpoint.handle(self._request)
         if isinstance(result, Response | Representation):
             self._respond(result)
@@ -319,12 +323,12 @@ class Connection:
 
     def _respond(self, result: Result | HttpError) -> None:
         """Turn what became of a request into an answer and begin to send it. Does nothing when one was begun."""
-        if self.phase not in (Phase.HEAD, Phase.BODY, Phase.HANDLING):
+        if self.phase not in (HEAD, BODY, HANDLING):
             return
         refused_before = isinstance(result, HttpError) and result.status in _BEFORE_REFUSAL
-        if self._refusal is not None and self.phase is Phase.HANDLING and not refused_before:
+        if self._refusal is not None and self.phase is HANDLING and not refused_before:
             result = self._refusal
-        self.phase, self.deadline = Phase.SENDING, inf
+        self.phase, self.deadline = SENDING, inf
         try:
             try:
                 head = self._frame(result)
@@ -383,11 +387,11 @@ class Connection:
         self._forget_request()
         if last:
             self._link.finish()
-            self.phase = Phase.LINGERING
+            self.phase = LINGERING
             self._inbox = b""
             self._set_deadline(self._server.clock() + self._server.settings.linger_s)
         else:
-            self.phase = Phase.HEAD
+            self.phase = HEAD
             self._set_deadline(self._server.clock() + self._server.settings.idle_timeout_s)
         # Most clients wait for the answer before they send more; then this finds nothing, and all is said.
         if self._inbox or self._fill() or self._eof:

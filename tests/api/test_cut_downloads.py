@@ -62,9 +62,9 @@ class Scissors:
             self.robbed |= transfer._body is None
             return advance(transfer, *arguments)
 
-        def settle_(sender: Sender, transfer: Transfer, *arguments: Any) -> None:
-            settle(sender, transfer, *arguments)
-            self.states.add(transfer.state)
+        def settle_(sender: Sender, outcome: Any) -> None:
+            settle(sender, outcome)
+            self.states.add(outcome[0].state)
             self._count()  # the queue's lock is held: no waiting here
 
         monkeypatch.setattr(Transfer, "advance", advance_)

@@ -15,11 +15,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bzstream.http import readahead
 from bzstream.http.readahead import Residency
+from bzstream.http.sender import Sender, Transfer
 from bzstream.http.turns import Turns
 from bzstream.payload import UnitFile
 from tests.http.support import AUTH, Client, Running, no_descriptor_leak, wait_until
@@ -257,6 +259,58 @@ def test_a_client_may_vanish_while_the_disk_is_read(serve: Serve, monkeypatch: p
         assert server.ask(HEALTH).status == 200
         go_on.set()
         wait_until(lambda: references(server) == 1)
+
+
+def test_room_that_comes_before_the_thread_has_let_go_is_not_forgotten(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arm, early = Sender._arm, []
+
+    def arm_and_wait(sender: Sender, transfer: Transfer) -> None:
+        arm(sender, transfer)
+        # The reader goes on, so that the kernel's word comes now: to the other thread, while this one has the transfer.
+        with suppress(AssertionError):
+            wait_until(lambda: transfer.roused, 1.0)
+        early.append(transfer.roused)
+
+    monkeypatch.setattr(Sender, "_arm", arm_and_wait)
+    path = tmp_path / "unit"
+    path.write_bytes(os.urandom(32 << 20))
+    server = serve(path, send_threads=2)
+    with server.connect() as client:
+        client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 256 << 10)
+        client.send(FILE)
+        assert client.read().body == server.application.content
+    assert any(early)
+
+
+def test_a_cached_file_is_sent_whole_although_the_kernel_miscounts(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A preempted cachestat counts too few pages: that alone must not send anybody to the disk."""
+    call, resident, asked, read = readahead._libc.syscall, Residency.resident, [], []
+
+    def first(probe: Residency, *arguments: Any) -> bool:
+        asked.append(0)
+        return resident(probe, *arguments)
+
+    def miscount(*arguments: Any) -> int:
+        found: int = call(*arguments)
+        asked[-1] += 1
+        if asked[-1] == 1:
+            readahead._Cachestat.from_address(arguments[3]).cached = 0
+        return found
+
+    monkeypatch.setattr(Residency, "resident", first)
+    monkeypatch.setattr(readahead._libc, "syscall", miscount)
+    monkeypatch.setattr(readahead, "_bring_in", lambda *arguments: read.append(arguments))
+    server = serve()
+    server.application.file.path.read_bytes()
+    with server.connect() as client:
+        client.send(FILE)
+        assert client.read().body == server.application.content
+    assert asked
+    assert read == []
 
 
 def test_requests_are_answered_while_downloads_saturate(serve: Serve) -> None:
