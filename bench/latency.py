@@ -192,7 +192,11 @@ def crowd(file: Path, folder: Path, seconds: float, size: int, rounds: int, pati
     shares, latencies, machines = [], [], []
     with serving(CORE, file, folder) as target:
         for turn in range(rounds):
-            alone = result(discard(target, folder, 8, seconds, ranged=False))
+            # The probe and the napper take part both times, so that the crowd is all that differs.
+            with watching(seconds):
+                load = discard(target, folder, 8, seconds, ranged=False)
+                probe(target, folder, seconds)
+                alone = result(load)
             silent = silence(target, size)
             begun = time.monotonic()
             try:

@@ -48,6 +48,8 @@ KILL_GRACE_S = 5.0
 """Beyond `http.drain_s`, how long a child may take to end before it is killed."""
 
 _PR_SET_PDEATHSIG = 1
+_SCORING_NICE = 5
+"""On full cores an evaluator stands back behind requests, as the threads that send do, and shares with those evenly."""
 
 
 class NodeError(BzstreamError):
@@ -372,6 +374,7 @@ async def _run(child: Child, stop: asyncio.Event, changes: asyncio.Queue[Setting
     else:
         from bzstream.evaluation import role as evaluation_role
 
+        os.nice(_SCORING_NICE)
         await evaluation_role.run(child.settings, child.settings.store_path(), device=child.device, stop=stop)
 
 

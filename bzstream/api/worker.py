@@ -7,6 +7,7 @@ put in place on the event loop.
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -48,6 +49,7 @@ async def run(
     poll = settings.store.poll_s
     await _refresh_library(view)
     server.start([listener])
+    gc.freeze()  # what has come so far stays to the end: full collections need not walk it
     pollers = [
         asyncio.create_task(_every(poll, lambda: _refresh_library(view))),
         asyncio.create_task(_every(poll, lambda: _refresh_files(view, server))),

@@ -140,7 +140,9 @@ class Connection:
         self.proceed()
 
     def on_deadline(self, now: float) -> None:
-        """The wheel's news: the deadline that was set has passed."""
+        """The wheel's news, perhaps late: the deadline that was set had passed."""
+        if self.deadline > now:
+            return  # it has moved since, and the wheel knows
         self.deadline = inf
         if self.phase is HEAD and self._inbox:
             self._respond(HttpError(408, "request_timeout", "The request head took too long."))

@@ -44,6 +44,9 @@ _PICKS_PER_POLL = 8
 _AHEAD = 16 * 1024 * 1024
 _BELIEVED_S = 1.0
 """For so many bytes at once it is asked whether they are in memory, and for so long the answer is believed."""
+_NICE = 5
+"""Sending stands back behind requests: on full cores it made /health's p99 2.5 ms of 6.9, beside 256 downloads. (On
+Linux a thread has a nice value of its own.)"""
 _ARMED = select.EPOLLOUT | select.EPOLLONESHOT
 
 
@@ -315,6 +318,7 @@ class Sender:
     # In the threads.
 
     def _run(self) -> None:
+        os.nice(_NICE)
         try:
             self._work()
         except Exception as error:

@@ -4,8 +4,9 @@ All sockets of the worker are in one epoll set of our own, edge-triggered, and t
 loop watches. A connection is registered once in its life, its readiness is news that comes once, and there is no object
 in the loop for it. It runs on any asyncio loop that has `add_reader`; on uvloop for speed.
 
-One turn: take the poller's news; let connections act on it for at most `turn_s`; accept; if anything is left, ask for
-another turn and go back to the loop. Long answers are none of the loop's business: `sender.py` sends them.
+One turn: take the poller's news; let connections act on it, and then on deadlines that passed, for at most `turn_s`;
+accept; if anything is left, ask for another turn and go back to the loop. Long answers are none of the loop's business:
+`sender.py` sends them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from bzstream.http.wheel import Wheel
 __all__ = ["Server", "raise_descriptor_limit"]
 
 _EVENTS = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
-_ACCEPTS = 64
+_ACCEPTS = 16
 """Connections taken from one listener in a row."""
 _BATCH = 256
 """Events fetched from the kernel at a time."""
@@ -110,6 +111,7 @@ class Server:
         self._seats: dict[str, int] = {}
         # The turn.
         self._news: deque[tuple[Connection, int]] = deque()
+        self._late: deque[Connection] = deque()
         self._turn_due = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._date = (0, "")
@@ -264,9 +266,14 @@ class Server:
             connection.on_events(events)
             if self.clock() >= deadline:
                 break
+        # A crowd that came together is late together. Who has news does not wait for it, nor it for ever.
+        while self._late:
+            self._late.popleft().on_deadline(self.clock())
+            if self.clock() >= deadline:
+                break
         for fd in accepting:
             self._accept(self._listeners[fd])
-        if news:
+        if news or self._late:
             self.wake()
 
     def _beat(self, expected: float) -> None:
@@ -276,8 +283,9 @@ class Server:
             self.observer.on_stall(now - expected)
         for item in self.wheel.due(now):
             assert isinstance(item, Connection)
-            item.on_deadline(now)
-        now = self.clock()
+            self._late.append(item)
+        if self._late:
+            self.wake()
         self._heartbeat = self._loop.call_later(_HEARTBEAT_S, self._beat, now + _HEARTBEAT_S)
 
     # Connections come and go.

@@ -7,9 +7,12 @@ import errno
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 
+from bzstream.http.connection import Connection
+from bzstream.http.server import Server
 from tests.http.support import AUTH, Client, Running, no_descriptor_leak, wait_until
 
 Serve = Callable[..., Running]
@@ -41,6 +44,29 @@ def test_a_head_that_comes_too_slowly(serve: Serve) -> None:
         client.read()
         client.send("GET /h")
         assert client.read().status == 408, "the time-out counts anew for each request"
+
+
+def test_a_crowd_that_is_late_together_keeps_nobody_waiting(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of deadlines, a turn of the loop sees to as many as it has time for, and to one at least."""
+    turn, on_deadline = Server._turn, Connection.on_deadline
+    turns, seen = [0], []
+
+    def count(server: Server) -> None:
+        turns[0] += 1
+        turn(server)
+
+    def note(connection: Connection, now: float) -> None:
+        seen.append(turns[0])
+        on_deadline(connection, now)
+
+    monkeypatch.setattr(Server, "_turn", count)
+    monkeypatch.setattr(Connection, "on_deadline", note)
+    server = serve(idle_timeout_s=0.3, turn_s=1e-6)
+    with ExitStack() as stack:
+        crowd = [stack.enter_context(server.connect()) for _ in range(40)]
+        assert all(client.ends() for client in crowd)
+    assert len(seen) >= 40
+    assert len(set(seen)) == len(seen), "several in one turn"
 
 
 def test_a_body_that_comes_too_slowly(serve: Serve) -> None:
