@@ -179,7 +179,9 @@ class Transfer:
         rtts = [mirror.rtt for mirror in self._work.mirrors if mirror.rtt]
         near = not rtts or min(rtts) < tuning.near_rtt_s
         worth = 2 * tuning.min_run if near else tuning.min_run // 4
-        most = tuning.near_lanes if near else tuning.far_lanes
+        most = tuning.far_lanes
+        if near:
+            most = tuning.near_lanes if self._work.follower is None else tuning.near_hashing_lanes
         return min(most, 1 + self._work.plan.open_bytes // worth)
 
     def _probe(self, rate_before: float, recent: float) -> tuple[bool, float]:

@@ -39,6 +39,9 @@ class Tuning:
     near_lanes: int = 8
     """Connections to begin with on a link whose round trip is below `near_rtt_s`: on loopback with two cores 8 are
     10-20% faster than 4, and 16 add nothing."""
+    near_hashing_lanes: int = 4
+    """The same when the SHA-256 follows: it sets the pace, and more would only get further ahead of it than buffers are
+    kept (with 8, a third of the file was read back from the disk)."""
     far_lanes: int = 24
     """Connections to begin with on any other link: with 80 ms and 0.1% loss a cubic flow is held to ~10 Mbit/s."""
     near_rtt_s: float = 0.002
@@ -73,8 +76,9 @@ class Tuning:
     """A lane claims what it receives in this time, at least `first_claim` bytes; others can have the rest."""
     stuck_s: float = 2.0
     """When others are idle, a connection without a byte for so long loses its work to them."""
-    handoff: int = 64 * MIB
-    """Bytes of written buffers kept for the SHA-256 that follows, so that it does not read them back from the disk."""
+    handoff: int = 96 * MIB
+    """Bytes of written buffers kept for the SHA-256 that follows, so that it does not read them back from the disk: the
+    backlog, the chunks under way, and a little."""
     backlog: int = 48 * MIB
     """Verified bytes ahead of the SHA-256 at which receiving may pause, if the hash decides when the pull ends."""
     sync_s: float = 2.0
