@@ -4,9 +4,10 @@
 
 All fetch the same slice from the same node, turn by turn, and the median of the turns counts. To disk the clock runs
 until the file is durable: bzstream syncs by itself, the others are followed by `sync FILE`, and the disk is quiet
-before each. bzstream is run as the command, so that its start is in the figure. Every result is compared with the
-published hash once. The tensors' peer receives over as many connections into memory of the same kind, as fresh, and
-checks nothing. The link: network namespaces, 80 ms round trip, 0.1% loss each way, 1 Gbit/s, the server on cubic.
+before each. bzstream is run as the command, so that its start is in the figure. "disk alone" writes as many bytes from
+memory, past the page cache: the most that any client could reach. Every result is compared with the published hash
+once. The tensors' peer receives over as many connections into memory of the same kind, as fresh, and checks nothing.
+The link: network namespaces, 80 ms round trip, 0.1% loss each way, 1 Gbit/s, the server on cubic.
 """
 
 from __future__ import annotations
@@ -103,8 +104,15 @@ def node(work: Path, host: str = "127.0.0.1", before: Sequence[str] = ()) -> Ite
 
 
 def environment(**more: str) -> dict[str, str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("BZ_")}
+    # With bytecode, as every installed client has it: some shells forbid Python to write any.
+    left_out = ("BZ_", "PYTHONDONTWRITEBYTECODE")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     return {**clean, "BZ_AUTH_TOKEN": TOKEN, **more}
+
+
+def slice_of(work: Path) -> Path:
+    """The published file that is fetched."""
+    return work / "store" / "current" / "group-0.safetensors"
 
 
 class Fetch:
@@ -114,7 +122,7 @@ class Fetch:
         self.url = url
         self.work = work
         self.before = list(before)
-        self.payload = next(iter((work / "store").glob("current/group-0.safetensors")))
+        self.payload = slice_of(work)
         self.size = self.payload.stat().st_size
         self._hash = ""
         self._checked: set[str] = set()
@@ -236,10 +244,17 @@ def compare(
 
 
 def to_disk(fetch: Fetch, rounds: int, missing: list[str]) -> list[dict[str, Any]]:
+    def disk_alone() -> Figures:
+        os.sync()
+        found, _ = inner(fetch, "disk")
+        shutil.rmtree(fetch.work / "inner")
+        return found
+
     subjects: dict[str, Callable[[], Figures]] = {
         "bzstream blake3": lambda: fetch.bzstream("blake3"),
         "bzstream sha256": lambda: fetch.bzstream("sha256"),
         **peers(missing, fetch),
+        "disk alone": disk_alone,
     }
     if importlib.util.find_spec("huggingface_hub") is not None:
         subjects["huggingface_hub"] = fetch.hugging_face
@@ -248,6 +263,7 @@ def to_disk(fetch: Fetch, rounds: int, missing: list[str]) -> list[dict[str, Any
     targets = {
         (f"bzstream {v}", p): t for v, t in (("blake3", ">= 2.5"), ("sha256", ">= 1")) for p in ("aria2c", "curl")
     }
+    targets["bzstream blake3", "disk alone"] = ""
     return compare("pull to disk", fetch.size, turns(rounds, subjects), targets)
 
 
@@ -304,6 +320,32 @@ def inner_tensors(url: str, folder: Path) -> None:
     bzstream.fetch_tensors(url, 0, hotkey=HOTKEY)
 
 
+def inner_disk(url: str, folder: Path) -> None:
+    """As many bytes as the slice has, from memory to the disk past the page cache: what no client here can exceed."""
+    import mmap
+    import threading
+
+    size, block, writers = slice_of(folder.parent).stat().st_size, MIB, 8
+    folder.mkdir()
+    fd = os.open(folder / "file", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+    os.posix_fallocate(fd, 0, size)
+
+    def write(number: int) -> None:
+        area = mmap.mmap(-1, block)
+        area.write(os.urandom(block))
+        for position in range(number * block, size, writers * block):
+            os.pwrite(fd, area, position)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(writers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os.ftruncate(fd, size)
+    os.fsync(fd)
+    os.close(fd)
+
+
 def inner_pull(url: str, folder: Path) -> None:
     import bzstream
 
@@ -356,7 +398,7 @@ def inner_bare(url: str, folder: Path) -> None:
         raise RuntimeError("the bare loop did not get everything")
 
 
-INNER = {"tensors": inner_tensors, "pull": inner_pull, "bare": inner_bare}
+INNER = {"disk": inner_disk, "tensors": inner_tensors, "pull": inner_pull, "bare": inner_bare}
 
 
 def main_inner(what: str, url: str, folder: str) -> None:
