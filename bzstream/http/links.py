@@ -1,7 +1,7 @@
 """The bytes' way in and out of one connection: a non-blocking socket, plain here, TLS in `tls.py`.
 
-Every call does what can be done at once. Being unable to is an ordinary result, not an error: `recv` says None,
-`send` says 0, `sendfile` says None. A connection that is gone is an OSError from any of them.
+Every call does what can be done at once; `sendfile` alone can be told to wait a little for room. Being unable to is an
+ordinary result, not an error: `recv` says None, `send` says 0, `sendfile` says None. A connection that is gone is an OSError from any of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ import sys
 import termios
 from typing import Protocol
 
-__all__ = ["Link", "PlainLink", "close", "unsent"]
+__all__ = ["PATIENCE_S", "Link", "PlainLink", "close", "unsent"]
+
+PATIENCE_S = 0.02
+"""How long a `sendfile` that waits for room waits: a reader of 50 MB/s or more makes room for another MB in this time."""
+_PATIENCE = struct.pack("@ll", 0, int(PATIENCE_S * 1e6))
+"""The same as the timeval that SO_SNDTIMEO takes (socket(7))."""
 
 
 class Link(Protocol):
@@ -35,6 +40,12 @@ class Link(Protocol):
     def sendfile(self, fd: int, offset: int, count: int) -> int | None:
         """Send from a file: bytes sent, 0 at the end of the file, None when there is no room."""
 
+    def wait_for_room(self, wait: bool) -> None:
+        """Whether `sendfile` waits for room, `PATIENCE_S` at a time, before it sends less than it was asked for.
+
+        Nothing else ever waits. What cannot do this (TLS in user space) does not.
+        """
+
     def flush(self) -> bool:
         """Whether all that was taken is with the kernel."""
 
@@ -51,7 +62,7 @@ class Link(Protocol):
 class PlainLink:
     """TCP as it is."""
 
-    __slots__ = ("_fd", "_socket")
+    __slots__ = ("_fd", "_socket", "_waits")
 
     secure = False
     short_is_empty = True
@@ -60,16 +71,17 @@ class PlainLink:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._fd = sock.fileno()
+        self._waits: bool | None = None
 
     def recv(self, size: int) -> bytes | None:
         try:
-            return self._socket.recv(size)
+            return self._socket.recv(size, socket.MSG_DONTWAIT)
         except (BlockingIOError, InterruptedError):
             return None
 
     def send(self, data: bytes | memoryview, more: bool) -> int:
         try:
-            return self._socket.send(data, socket.MSG_MORE if more else 0)
+            return self._socket.send(data, socket.MSG_DONTWAIT | (socket.MSG_MORE if more else 0))
         except (BlockingIOError, InterruptedError):
             return 0
 
@@ -78,6 +90,15 @@ class PlainLink:
             return os.sendfile(self._fd, fd, offset, count)
         except (BlockingIOError, InterruptedError):
             return None
+
+    def wait_for_room(self, wait: bool) -> None:
+        if wait is self._waits:
+            return
+        if wait and self._waits is None:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _PATIENCE)
+        if wait or self._waits:
+            os.set_blocking(self._fd, wait)
+            self._waits = wait
 
     def flush(self) -> bool:
         return True

@@ -136,6 +136,9 @@ class TlsLink:
         self._retry = b""
         return sent
 
+    def wait_for_room(self, wait: bool) -> None:
+        pass
+
     def flush(self) -> bool:
         return not self._retry
 

@@ -59,9 +59,16 @@ class Turns(Generic[Item]):
         self._round: deque[Flow] = deque()
         self._unfinished: deque[Flow] = deque()
         self._ready = 0
+        self._items = 0
+        self._callers = 0
+        """Flows with items."""
 
     def __len__(self) -> int:
         return self._ready
+
+    def needless(self, most: int) -> bool:
+        """Whether nobody needs turns: at most `most` items, ready or not, of one caller or of as many."""
+        return self._items <= most and self._callers in (1, self._items)
 
     def add(self, item: Item) -> None:
         """It is ready to send, for the first time or again; `leave` has to follow in the end."""
@@ -72,6 +79,8 @@ class Turns(Generic[Item]):
             if flow is None:
                 flow, queue = Flow(item.caller), self._come
                 self._flows[item.caller] = flow
+            self._items += 1
+            self._callers += not flow.items
             flow.items += 1
             item.flow = flow
         if not flow.queued:
@@ -114,6 +123,8 @@ class Turns(Generic[Item]):
             return
         item.flow = None
         flow.items -= 1
+        self._items -= 1
+        self._callers -= not flow.items
         if not flow.items and not flow.queued:
             del self._flows[flow.caller]
 

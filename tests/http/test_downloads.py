@@ -274,6 +274,7 @@ def test_room_that_comes_before_the_thread_has_let_go_is_not_forgotten(
         early.append(transfer.roused)
 
     monkeypatch.setattr(Sender, "_arm", arm_and_wait)
+    monkeypatch.setattr(Turns, "needless", lambda *_: False)
     path = tmp_path / "unit"
     path.write_bytes(os.urandom(32 << 20))
     server = serve(path, send_threads=2)
@@ -282,6 +283,19 @@ def test_room_that_comes_before_the_thread_has_let_go_is_not_forgotten(
         client.send(FILE)
         assert client.read().body == server.application.content
     assert any(early)
+
+
+def test_readers_who_read_nothing_hold_no_thread(serve: Serve, tmp_path: Path) -> None:
+    """Few downloads have a thread each, which waits for the reader; but not for ever, and others need no such luck."""
+    path = tmp_path / "unit"
+    path.write_bytes(os.urandom(16 << 20))
+    server = serve(path, send_threads=1, max_connections_per_caller=100)
+    with ExitStack() as stack:
+        for _ in range(12):
+            stalled = stack.enter_context(server.connect())
+            stalled.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            stalled.send(FILE)
+            assert server.ask(FILE).body == server.application.content
 
 
 def test_a_cached_file_is_sent_whole_although_the_kernel_miscounts(

@@ -107,6 +107,9 @@ class MemoryLink:
         self.sent += bytes(count)
         return count
 
+    def wait_for_room(self, wait: bool) -> None:
+        pass
+
     def flush(self) -> bool:
         return True
 

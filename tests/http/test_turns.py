@@ -208,3 +208,21 @@ def test_whoever_is_ready_is_served(rooms: list[list[int]], data: st.DataObject)
             waiting.append(item)
             turns.add(item)
         assert len(turns) == len(waiting)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=20))
+def test_turns_are_needless_for_few_of_one_caller_or_of_as_many(steps: list[tuple[str, bool]]) -> None:
+    turns: Turns[Item] = Turns(QUANTUM)
+    there: list[Item] = []
+    for caller, comes in steps:
+        if comes:
+            there.append(Item(caller, 1))
+            turns.add(there[-1])
+        elif there and (taken := turns.take()) is not None:
+            turns.settle(taken[0], 0)
+            turns.leave(taken[0])
+            turns.leave(taken[0])
+            there.remove(taken[0])
+        callers = {item.caller for item in there}
+        alone = len(callers) in (1, len(there))
+        assert turns.needless(3) is (alone and len(there) <= 3)
