@@ -81,7 +81,8 @@ class HttpSettings(_Section, frozen=True):
     """Bytes that a caller may send in its turn: as many as Linux lets a socket's send queue grow to (tcp_wmem). Half as
     much was measured to cost 14% more CPU time at 8 connections, twice as much to gain nothing."""
     send_threads: Count = 2
-    """Threads of one worker that send long answers; each can keep about a core busy with sendfile."""
+    """Threads of one worker that send long answers by turns; each can keep about a core busy with sendfile. (As long as
+    there are few long answers, each has one more thread to itself.)"""
     turn_s: Seconds = 0.004
     """Seconds that one turn of the event loop spends on requests before it looks for new connections and news."""
     drain_s: Seconds = 60.0

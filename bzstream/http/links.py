@@ -1,7 +1,8 @@
 """The bytes' way in and out of one connection: a non-blocking socket, plain here, TLS in `tls.py`.
 
 Every call does what can be done at once; `sendfile` alone can be told to wait a little for room. Being unable to is an
-ordinary result, not an error: `recv` says None, `send` says 0, `sendfile` says None. A connection that is gone is an OSError from any of them.
+ordinary result, not an error: `recv` says None, `send` says 0, `sendfile` says None. A connection that is gone is an
+OSError from any of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Protocol
 __all__ = ["PATIENCE_S", "Link", "PlainLink", "close", "unsent"]
 
 PATIENCE_S = 0.02
-"""How long a `sendfile` that waits for room waits: a reader of 50 MB/s or more makes room for another MB in this time."""
+"""How long a `sendfile` that waits for room does: a reader of 50 MB/s makes room for another MB in this time."""
 _PATIENCE = struct.pack("@ll", 0, int(PATIENCE_S * 1e6))
 """The same as the timeval that SO_SNDTIMEO takes (socket(7))."""
 

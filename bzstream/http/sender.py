@@ -46,7 +46,7 @@ __all__ = ["Damaged", "Sender", "Transfer", "TransferState"]
 _EVENTS = 256
 _PICKS_PER_POLL = 8
 """A busy thread looks for sockets that have room again every so many turns, about once a millisecond."""
-_AHEAD = 16 * 1024 * 1024
+_AHEAD = 32 * 1024 * 1024
 _BELIEVED_S = 1.0
 """For so many bytes at once it is asked whether they are in memory, and for so long the answer is believed."""
 _FEW = 8
@@ -337,9 +337,8 @@ class Sender:
         try:
             self._work()
         except Exception as error:
-            self._closed = (
-                True  # with one thread less, and a queue that may be wrong, all that waits could wait for ever
-            )
+            # With one thread less, and a queue that may be wrong, all that waits could wait for ever.
+            self._closed = True
             self._ring()
             self._loop.call_soon_threadsafe(self._failed, error)
 
@@ -347,10 +346,10 @@ class Sender:
         residency = Residency(self._readahead.settling)
         while not self._closed:
             with self._places:
-                turn = self._serve(residency)
-            if turn is not None:
+                transfer = self._serve(residency)
+            if transfer is not None:
                 # Nobody else wants this thread: it stays with the one transfer, and its place is another's.
-                outcome = self._stay(*turn, residency)
+                outcome = self._stay(transfer, residency)
                 with self._lock:
                     self._settle_locked(outcome)
                     idle = self._idle
@@ -358,8 +357,8 @@ class Sender:
                     self._ring()
         self._ring()  # for the next thread
 
-    def _serve(self, residency: Residency) -> tuple[Transfer, int] | None:
-        """Take turns, one after the other, until there is one to stay with; None: the sender is closed."""
+    def _serve(self, residency: Residency) -> Transfer | None:
+        """Take turns, one after the other, until there is a transfer to stay with; None: the sender is closed."""
         picks = 0
         done: _Outcome | None = None
         while not self._closed:
@@ -388,14 +387,14 @@ class Sender:
             if more:
                 self._ring()  # there may be work for another thread
             if few:
-                return turn
+                return turn[0]
             done = self._take_turn(*turn, residency, stay=False)
         if done is not None:
             with self._lock:
                 self._settle_locked(done)
         return None
 
-    def _stay(self, transfer: Transfer, allowance: int, residency: Residency) -> _Outcome:
+    def _stay(self, transfer: Transfer, residency: Residency) -> _Outcome:
         """Send for one transfer, waiting for its reader, as long as there are few."""
         while True:
             outcome = self._take_turn(transfer, _STAY, residency, stay=True)

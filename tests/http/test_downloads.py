@@ -21,7 +21,7 @@ import pytest
 
 from bzstream.http import readahead
 from bzstream.http.readahead import Residency
-from bzstream.http.sender import Sender, Transfer
+from bzstream.http.sender import Sender, Transfer, TransferState
 from bzstream.http.turns import Turns
 from bzstream.payload import UnitFile
 from tests.http.support import AUTH, Client, Running, no_descriptor_leak, wait_until
@@ -296,6 +296,9 @@ def test_readers_who_read_nothing_hold_no_thread(serve: Serve, tmp_path: Path) -
             stalled.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             stalled.send(FILE)
             assert server.ask(FILE).body == server.application.content
+        waiting = server.server.sender.active
+        wait_until(lambda: {transfer.state for transfer in waiting} == {TransferState.BLOCKED})
+        assert len(waiting) == 12
 
 
 def test_a_cached_file_is_sent_whole_although_the_kernel_miscounts(
