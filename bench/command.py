@@ -17,7 +17,7 @@ __all__ = ["command"]
 
 
 def command(name: str, description: str | None, measure: Callable[[bool], dict[str, Any]]) -> None:
-    """Run `measure(quick)`, which returns `rows`, `missing` (sentences) and perhaps `notes`, and show what it found."""
+    """Run `measure(quick)`, which returns `rows`, perhaps `missing` (sentences) and `notes`; show what it found."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -29,7 +29,7 @@ def command(name: str, description: str | None, measure: Callable[[bool], dict[s
         name,
         "done",
         rows=tuple(read_row(name, row) for row in report["rows"]),
-        missing=tuple(report["missing"]),
+        missing=tuple(report.get("missing", ())),
         notes=report.get("notes", ""),
     )
     show([outcome], {}, Console())

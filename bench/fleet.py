@@ -24,7 +24,6 @@ with the published files, byte by byte. The figures of a window are then extrapo
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import subprocess
@@ -34,6 +33,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from bench.command import command
 from bench.native import compiled
 from bench.node import Miner, Node, miners, publish_slices, serve
 from bench.rows import jain, quantile, row_of
@@ -347,20 +347,5 @@ def _times(seconds: float, bound: float) -> str:
     return f"{share:.0%} of the phase" if share <= 1 else f"{share:.1f} times the phase: not enough"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-    report = measure(arguments.quick)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=2), encoding="utf-8")
-    for row in report["rows"]:
-        spread = "" if row["low"] is None else f"{row['low']:.3f} - {row['high']:.3f}"
-        mark = "" if row["met"] is None else "ok" if row["met"] else "MISSED"
-        print(f"{row['name']:<72} {row['median']:>8.3f} {row['unit']:<5} {spread:<16} {row['target']:<8} {mark}")
-    print(f"\n{report['notes']}")
-
-
 if __name__ == "__main__":
-    main()
+    command("fleet", __doc__, measure)

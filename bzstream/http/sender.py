@@ -254,8 +254,6 @@ class Sender:
         self._lock = threading.Lock()
         self._turns: Turns[Transfer] = Turns(quantum)
         self._idle = 0
-        self._few = False
-        """Whether every transfer has a thread to itself: see the head of this file."""
         self._closed = False
         self._places = threading.Semaphore(threads)
         # Threads without work wait here for room in a socket, or for the bell: an eventfd, edge-triggered, so that
@@ -276,7 +274,6 @@ class Sender:
         self.active.add(transfer)
         with self._lock:
             self._enqueue_locked(transfer)
-            self._few = self._turns.needless(_FEW)
             idle = self._idle
         if idle:
             self._ring()
@@ -375,7 +372,7 @@ class Sender:
                 if turn is not None:
                     turn[0].state = BUSY
                     more = self._idle and self._turns
-                    few = self._few
+                    few = self._turns.needless(_FEW)
                 else:
                     self._idle += 1
             if turn is None:
@@ -399,11 +396,13 @@ class Sender:
         while True:
             outcome = self._take_turn(transfer, _STAY, residency, stay=True)
             _, state, sent, _, error = outcome
-            if state is not READY or not self._few or self._closed or transfer.dropped is not None:
-                # What was sent while nobody else wanted to is owed to nobody.
-                return transfer, state, sent, 0, error
             with self._lock:
-                self.sent += sent
+                few = self._turns.needless(_FEW)
+                if state is READY and few and transfer.dropped is None and not self._closed:
+                    self.sent += sent
+                    continue
+            # What was sent while nobody else wanted to is owed to nobody.
+            return transfer, state, sent, 0, error
 
     def _take_turn(self, transfer: Transfer, allowance: int, residency: Residency, *, stay: bool) -> _Outcome:
         """Send for a transfer that is busy, and have the kernel tell of room where there was none left."""
@@ -474,7 +473,6 @@ class Sender:
     def _retire_locked(self, transfer: Transfer) -> None:
         transfer.state = OVER
         self._turns.leave(transfer)
-        self._few = self._turns.needless(_FEW)
         if transfer.registered:
             transfer.registered = False
             del self._sockets[transfer.fd]
