@@ -131,7 +131,10 @@ def _latency_row(raw: Mapping[str, Any], speeds: Mapping[tuple[str, int], list[f
         ]
     if what == "fairness":
         name = "64 miners, half with 1 connection, half with 16: Jain's index"
-        return [row_of(name, "", [raw["jain"]], target=">= 0.97")]
+        return [
+            row_of(name, "", raw["jain"], target=">= 0.97"),
+            row_of(f"{name} when they are one caller", "", raw["nameless"]),
+        ]
     if what == "crowd":
         label = f"beside {raw['connections']:,} silent connections"
         shares, waits = raw.get("shares") or [raw["downloads_of_alone"]], raw.get("p99s") or [raw["p99"]]

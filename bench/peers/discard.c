@@ -7,7 +7,8 @@
  * bytes at a time, walking through the file. Each answer's status and Content-Length are checked, and that exactly so
  * many bytes follow. An @ in a HEADER stands for the number of the connection's miner; miners have, by turns, as many
  * connections as DISCARD_MINERS in the environment says (such as "1,16"; one by default). With DISCARD_FIELDS, a file,
- * each miner sends the header fields of its own line too, separated by tabs.
+ * each miner sends the header fields of its own line too, separated by tabs. Miners are read from by turns, one
+ * connection each, as if each were a machine of its own: whoever has many connections is not read from more often.
  *
  * Prints one JSON line: bytes and seconds of the window after a warm-up, answers completed, the longest wait for a first
  * byte, over the miners the fewest and the most bytes and Jain's index, and the first error.
@@ -26,7 +27,7 @@
 #include <unistd.h>
 
 struct conn {
-    int fd, in_body, head_len, miner;
+    int fd, set, in_body, head_len, miner;
     long long left, next, total;
     double asked;
     char head[4096];
@@ -119,13 +120,22 @@ int main(int argc, char **argv) {
     headers = all;
     size_t room = 4 << 20;
     char *buffer = malloc(room);
-    struct conn *conns = calloc(connections, sizeof *conns);
+    struct conn *conns = calloc(connections, sizeof *conns), *sets = calloc(connections, sizeof *sets);
     const char *sizes = getenv("DISCARD_MINERS") ? getenv("DISCARD_MINERS") : "1", *size = sizes;
     int ep = epoll_create1(0), miners = 0;
     struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(atoi(argv[2]))};
     inet_pton(AF_INET, argv[1], &to.sin_addr);
     for (int i = 0; i < connections; miners++) {
-        for (int n = atoi(size); n-- && i < connections; i++) conns[i].miner = miners;
+        int own = atoi(size);
+        if (own > 1) {
+            /* A set of its own, which stands in the others' as one. */
+            struct conn *set = &sets[miners];
+            struct epoll_event e = {.events = EPOLLIN, .data.ptr = set};
+            set->fd = epoll_create1(0);
+            set->set = 1;
+            epoll_ctl(ep, EPOLL_CTL_ADD, set->fd, &e);
+        }
+        for (int n = own; n-- && i < connections; i++) conns[i].miner = miners;
         size = strchr(size, ',') ? strchr(size, ',') + 1 : sizes;
     }
     if (getenv("DISCARD_FIELDS")) read_fields(getenv("DISCARD_FIELDS"), miners);
@@ -135,7 +145,7 @@ int main(int argc, char **argv) {
         if (connect(c->fd, (void *)&to, sizeof to)) { perror("connect"); return 1; }
         fcntl(c->fd, F_SETFL, O_NONBLOCK);
         struct epoll_event e = {.events = EPOLLIN, .data.ptr = c};
-        epoll_ctl(ep, EPOLL_CTL_ADD, c->fd, &e);
+        epoll_ctl(sets[c->miner].set ? sets[c->miner].fd : ep, EPOLL_CTL_ADD, c->fd, &e);
         c->next = range_size * i % file_size;
     }
     for (int i = 0; i < connections; i++) ask(&conns[i]);
@@ -150,6 +160,11 @@ int main(int argc, char **argv) {
         int n = epoll_wait(ep, ready, 256, 100);
         for (int i = 0; i < n; i++) {
             struct conn *c = ready[i].data.ptr;
+            if (c->set) {
+                struct epoll_event one;
+                if (epoll_wait(c->fd, &one, 1, 0) < 1) continue;
+                c = one.data.ptr;
+            }
             if (!c->in_body) {
                 int r = recv(c->fd, c->head + c->head_len, sizeof c->head - 1 - c->head_len, 0);
                 if (r <= 0) { if (r == 0 || errno != EAGAIN) fail("closed in head", r ? strerror(errno) : "eof"); continue; }

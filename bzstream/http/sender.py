@@ -227,7 +227,7 @@ class Transfer:
 
 
 _Outcome = tuple[Transfer, TransferState, int, int, Exception | None]
-"""A turn that has ended: whose, its new state, bytes sent, bytes of the allowance left, what went wrong."""
+"""A turn that has ended: whose, its new state, bytes sent, bytes that its caller is charged, what went wrong."""
 
 
 class Sender:
@@ -253,6 +253,7 @@ class Sender:
         self._failed = failed
         self._lock = threading.Lock()
         self._turns: Turns[Transfer] = Turns(quantum)
+        self._quantum = quantum
         self._idle = 0
         self._closed = False
         self._places = threading.Semaphore(threads)
@@ -368,14 +369,14 @@ class Sender:
                 if done is not None:
                     self._settle_locked(done)
                     done = None
-                turn = self._turns.take()
-                if turn is not None:
-                    turn[0].state = BUSY
+                transfer = self._turns.take()
+                if transfer is not None:
+                    transfer.state = BUSY
                     more = self._idle and self._turns
                     few = self._turns.needless(_FEW)
                 else:
                     self._idle += 1
-            if turn is None:
+            if transfer is None:
                 events = self._epoll.poll(-1, _EVENTS)
                 with self._lock:
                     self._idle -= 1
@@ -384,8 +385,8 @@ class Sender:
             if more:
                 self._ring()  # there may be work for another thread
             if few:
-                return turn[0]
-            done = self._take_turn(*turn, residency, stay=False)
+                return transfer
+            done = self._take_turn(transfer, self._quantum, residency, stay=False)
         if done is not None:
             with self._lock:
                 self._settle_locked(done)
@@ -417,7 +418,7 @@ class Sender:
         except Exception as problem:
             state, error = OVER, problem
         sent = transfer.taken - before
-        return transfer, state, sent, allowance - sent, error
+        return transfer, state, sent, sent, error
 
     def _arm(self, transfer: Transfer) -> None:
         """Have the kernel say once when there is room, or that the peer is gone. For the transfer's thread.
@@ -450,9 +451,9 @@ class Sender:
 
     def _settle_locked(self, outcome: _Outcome) -> None:
         """A transfer's turn has ended."""
-        transfer, state, sent, rest, error = outcome
+        transfer, state, sent, charge, error = outcome
         self.sent += sent
-        self._turns.settle(transfer, rest)
+        self._turns.settle(transfer, charge)
         if transfer.dropped is not None:
             state = OVER
         if state is READY or (state is BLOCKED and transfer.roused):

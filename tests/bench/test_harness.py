@@ -132,7 +132,7 @@ def test_latency_is_judged_for_us_alone() -> None:
     document = [
         {**health, "server": "bzstream", "gb_s": 1.9, "stall_ms": 5.0},
         {**health, "server": "nginx aio", "gb_s": 2.0},
-        {"what": "fairness", "jain": 0.99, "spread": 1.1},
+        {"what": "fairness", "jain": [0.99, 0.98], "nameless": [0.6, 0.7], "spread": [1.1, 1.2]},
         {"what": "a new question", "figure": 3.5},
     ]
     outcome = read_outcome("latency", dialects.translate("latency", document), 1.0)
