@@ -6,9 +6,12 @@ cached pages of a range in one call; on older kernels, and where it is not permi
 at every 64 KiB stands in for it.
 
 A miss goes to a few threads. They read a window of the file into the page cache without copying it anywhere, by
-sendfile to /dev/null (7 µs a MiB when warm); while few are busy, the window after it too. Downloads that wait for the
+sendfile to /dev/null (7 µs a MiB when warm); while few are busy, the windows after it too. Downloads that wait for the
 same window wait for one read. (Announcing windows by posix_fadvise first was measured to halve the whole: the pages are
 then allocated in one go, and waited for in another.)
+
+Before that the kernel is asked for large folios, where it and the file system know them (ext4 since Linux 6.16). What
+is in the page cache in pieces of 2 MiB, not 16 to 128 KiB, is sent with a tenth less CPU time, as long as it is there.
 """
 
 from __future__ import annotations
@@ -29,13 +32,17 @@ __all__ = ["WINDOW", "ReadAhead", "Residency"]
 WINDOW = 2 * 1024 * 1024
 """Bytes of one read-ahead: long enough for a disk's full speed, short enough that 256 downloads need 1 GiB of cache."""
 
-_THREADS = 16
+_THREADS = 32
 """Reads at a time: a disk is fast only with several (nginx has 32 threads in a pool)."""
+_MORE = 3
+"""While fewer are busy, so many windows more are read for a download that goes on for as long: 8 MiB at a time."""
 _SETTLE_S = 5.0
 """For so long after a read-ahead began, pages that the kernel reads beyond it may still be on their way."""
 _PROBE = 64 * 1024
 _CACHESTAT = 451
 """System call number, the same on every architecture."""
+_MADV_POPULATE_READ = 22
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 Waiter = Callable[[], None]
 
@@ -52,6 +59,12 @@ class _Cachestat(ctypes.Structure):
 _libc = ctypes.PyDLL(None)
 _libc.syscall.restype = ctypes.c_long
 _libc.syscall.argtypes = (ctypes.c_long, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint)
+# CDLL gives it away: these may wait for the disk. (Python's own mmap does not give it away, and takes a descriptor.)
+_maps = ctypes.CDLL(None)
+_maps.mmap.restype = ctypes.c_void_p
+_maps.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+_maps.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_maps.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 class Residency:
@@ -108,15 +121,17 @@ class ReadAhead:
         self.settling: dict[UnitFile, float] = {}
         """Files that the disk is, or was a moment ago, at work on, and until when that is reckoned with."""
 
-    def fetch(self, file: UnitFile, offset: int, waiter: Waiter) -> int:
+    def fetch(self, file: UnitFile, offset: int, length: int, waiter: Waiter) -> int:
         """Bring in the window that holds `offset`, then call `waiter` once on the loop, also when reading failed.
 
-        Returns where the window ends. The file is held for as long as a thread uses it.
+        Returns where the window ends. `length`: bytes that are wanted from `offset` on, now and later; no window beyond
+        them is read. The file is held for as long as a thread uses it.
         """
         start = offset - offset % WINDOW
         self._begin(file, start).append(waiter)
-        if len(self._waiting) < _THREADS and start + WINDOW < file.size:
-            self._begin(file, start + WINDOW)
+        for further in range(start + WINDOW, min(start + (1 + _MORE) * WINDOW, offset + length), WINDOW):
+            if len(self._waiting) < _THREADS:
+                self._begin(file, further)
         return start + WINDOW
 
     def _begin(self, file: UnitFile, start: int) -> list[Waiter]:
@@ -149,9 +164,24 @@ class ReadAhead:
 
 def _bring_in(null: int, fd: int, start: int) -> None:
     """Read one window into the page cache."""
+    _begin_large(fd, start)
     offset, end = start, start + WINDOW
     while offset < end:
         sent = os.sendfile(null, fd, offset, end - offset)
         if not sent:
             break
         offset += sent
+
+
+def _begin_large(fd: int, start: int) -> None:
+    """Have the kernel begin to read a window, and the next, into large folios.
+
+    A page fault in a mapping with MADV_HUGEPAGE does so (mm/filemap.c, do_sync_mmap_readahead), and nothing else does.
+    It is a wish: without it, or when any of this fails, the window is read as it comes.
+    """
+    address = _maps.mmap(None, WINDOW, mmap.PROT_READ, mmap.MAP_SHARED, fd, start)
+    if address == _MAP_FAILED:
+        return
+    if _maps.madvise(address, WINDOW, mmap.MADV_HUGEPAGE) == 0:
+        _maps.madvise(address, mmap.PAGESIZE, _MADV_POPULATE_READ)
+    _maps.munmap(address, WINDOW)

@@ -317,8 +317,7 @@ class Sender:
 
     def _fetch(self, transfer: Transfer) -> None:
         if transfer.state is COLD and transfer.wanted is not None:
-            file, offset, _ = transfer.wanted
-            transfer.assure(self._readahead.fetch(file, offset, lambda: self._fetched(transfer)))
+            transfer.assure(self._readahead.fetch(*transfer.wanted, lambda: self._fetched(transfer)))
 
     def _fetched(self, transfer: Transfer) -> None:
         with self._lock:

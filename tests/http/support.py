@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import threading
 import time
@@ -310,3 +311,11 @@ def no_descriptor_leak() -> Iterator[None]:
     before = count()
     yield
     wait_until(lambda: count() <= before)
+
+
+def evict(path: Path) -> None:
+    """Have the kernel forget the pages of a file, where the file system lets it."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
