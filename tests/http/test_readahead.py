@@ -103,7 +103,7 @@ def test_a_window_is_begun_as_a_whole(file: UnitFile) -> None:
         pytest.skip("this file system does not let its pages go")
     maps = Path("/proc/self/maps").read_text().count(str(file.path))
     readahead._begin_large(file.fd, 3 * WINDOW)
-    if "never" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().partition("[")[2]:
+    if "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
         assert probe.resident(file, 3 * WINDOW, WINDOW)
     assert not probe.resident(file, 0, WINDOW)
     assert Path("/proc/self/maps").read_text().count(str(file.path)) == maps
