@@ -4,9 +4,14 @@
 
 All fetch the same slice from the same node, turn by turn, and the median of the turns counts. To disk the clock runs
 until the file is durable: bzstream syncs by itself, the others are followed by `sync FILE`, and the disk is quiet
-before each. bzstream is run as the command, so that its start is in the figure. "disk alone" writes as many bytes from
-memory, past the page cache: the most that any client could reach. Every result is compared with the published hash
-once. The tensors' peer receives over as many connections into memory of the same kind, as fresh, and checks nothing.
+before each. bzstream is run as the command, so that its start is in the figure. Every result is compared with the
+published hash once. The tensors' peer receives over as many connections into memory of the same kind, as fresh, and
+checks nothing. (Before each of them as much memory is touched and let go, so that none pays by chance for what a
+hypervisor has taken back.)
+
+What this machine lets anybody reach is measured too. "disk alone" writes as many bytes from memory, past the page
+cache; with a pull of next to nothing before it, that is the least that a pull can take. For tensors the limit is
+arithmetic on CPU time, where node and client fill all cores: the bare loop and the node, of the same and the hash.
 The link: network namespaces, 80 ms round trip, 0.1% loss each way, 1 Gbit/s, the server on cubic.
 """
 
@@ -17,6 +22,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import mmap
 import os
 import resource
 import secrets
@@ -34,6 +40,7 @@ from typing import Any
 
 from bench.native import MissingPeer
 from bench.node import BLOCK, publish_slices
+from bench.peers.servers import cpu_seconds
 from bench.rows import row_of
 from bench.wan import wide_area
 
@@ -42,6 +49,7 @@ __all__ = ["run"]
 HOTKEY = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
 TOKEN = secrets.token_hex(32)
 MIB = 1024 * 1024
+LIMIT = "start, then disk alone"
 PARTS = ("disk", "tensors", "wan", "memory")
 ROUND_TRIP_MS, LOSS, BITS = 80.0, 0.001, 1e9
 WAN_SIZE = 128 * MIB
@@ -59,8 +67,8 @@ def run(quick: bool = False, only: Sequence[str] = PARTS) -> dict[str, Any]:
         work = Path(temporary)
         publish_slices(work / "store", groups=1, slice_bytes=size)
         if set(only) & {"disk", "tensors", "memory"}:
-            with node(work) as url:
-                fetch = Fetch(url, work)
+            with node(work) as (url, pid):
+                fetch = Fetch(url, work, pid)
                 if "disk" in only:
                     rows += to_disk(fetch, rounds, missing)
                 if "tensors" in only:
@@ -78,8 +86,8 @@ def run(quick: bool = False, only: Sequence[str] = PARTS) -> dict[str, Any]:
 
 
 @contextmanager
-def node(work: Path, host: str = "127.0.0.1", before: Sequence[str] = ()) -> Iterator[str]:
-    """`bzstream serve` on the bench's store, run after the words in `before`; its URL."""
+def node(work: Path, host: str = "127.0.0.1", before: Sequence[str] = ()) -> Iterator[tuple[str, int]]:
+    """`bzstream serve` on the bench's store, run after the words in `before`; its URL and process id."""
     (work / "chain.json").write_text(
         json.dumps({"block": BLOCK, "block_seconds": 0, "validators": [], "miners": None}), encoding="utf-8"
     )
@@ -97,7 +105,7 @@ def node(work: Path, host: str = "127.0.0.1", before: Sequence[str] = ()) -> Ite
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("the node does not start: " + (work / "node.log").read_text(errors="replace")[-500:])
             time.sleep(0.1)
-        yield url
+        yield url, process.pid
     finally:
         process.terminate()
         process.wait(30)
@@ -118,8 +126,9 @@ def slice_of(work: Path) -> Path:
 class Fetch:
     """The commands that fetch the slice of group 0, run after the words in `before`."""
 
-    def __init__(self, url: str, work: Path, before: Sequence[str] = ()) -> None:
+    def __init__(self, url: str, work: Path, node_pid: int, before: Sequence[str] = ()) -> None:
         self.url = url
+        self.node_pid = node_pid
         self.work = work
         self.before = list(before)
         self.payload = slice_of(work)
@@ -142,6 +151,23 @@ class Fetch:
             [sys.executable, "-m", "bzstream", "pull", self.url, "--group", "0", "--hotkey", HOTKEY, "--out", str(out),
              "--verify", verify],
         )  # fmt: skip
+
+    def next_to_nothing(self) -> Figures:
+        """bzstream with the shared tensors, 2 KiB here: what a pull takes beside its bytes."""
+        out = self.work / "out"
+        command = [
+            sys.executable,
+            "-m",
+            "bzstream",
+            "pull",
+            self.url,
+            "--shared",
+            "--hotkey",
+            HOTKEY,
+            "--out",
+            str(out),
+        ]
+        return self._timed("", out / "shared.safetensors", command)
 
     def aria2c(self) -> Figures:
         file = self.work / "out" / "aria2c.bin"
@@ -177,7 +203,8 @@ class Fetch:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         if done.returncode != 0:
             raise RuntimeError(f"{name} failed: {(done.stderr or done.stdout)[-300:]}")
-        self._check(name, file)
+        if name:
+            self._check(name, file)
         shutil.rmtree(file.parent)
         return Figures(seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
@@ -263,17 +290,25 @@ def to_disk(fetch: Fetch, rounds: int, missing: list[str]) -> list[dict[str, Any
     targets = {
         (f"bzstream {v}", p): t for v, t in (("blake3", ">= 2.5"), ("sha256", ">= 1")) for p in ("aria2c", "curl")
     }
-    targets["bzstream blake3", "disk alone"] = ""
-    return compare("pull to disk", fetch.size, turns(rounds, subjects), targets)
+    targets["bzstream blake3", LIMIT] = ""
+    targets[LIMIT, "curl"] = ""
+    found = turns(rounds, {**subjects, "": fetch.next_to_nothing})
+    starts = found.pop("")
+    found[LIMIT] = [
+        Figures(start.seconds + disk.seconds, start.cpu + disk.cpu)
+        for start, disk in zip(starts, found["disk alone"], strict=True)
+    ]
+    rows = compare("pull to disk", fetch.size, found, targets)
+    return [*rows, row_of("pull of 2 KiB", "s", [run.seconds for run in starts], subject="bzstream")]
 
 
 def over_wan(work: Path, rounds: int, missing: list[str], notes: list[str]) -> list[dict[str, Any]]:
     with (
         wide_area(round_trip_ms=ROUND_TRIP_MS, loss=LOSS, bits_per_second=BITS) as link,
-        node(work, link.address, link.server) as url,
+        node(work, link.address, link.server) as (url, pid),
     ):
         notes.append(f"wide-area link: {link.how}")
-        fetch = Fetch(url, work, link.client)
+        fetch = Fetch(url, work, pid, link.client)
         subjects = {"bzstream sha256": lambda: fetch.bzstream("sha256"), **peers(missing, fetch)}
         once = {name: subjects.pop(name) for name in ("curl",) if name in subjects}
         found = turns(rounds, subjects) | {name: [call()] for name, call in once.items()}
@@ -282,14 +317,29 @@ def over_wan(work: Path, rounds: int, missing: list[str], notes: list[str]) -> l
 
 
 def to_tensors(fetch: Fetch, rounds: int) -> list[dict[str, Any]]:
+    node_cpu: list[float] = []
+
     def bare() -> Figures:
-        return inner(fetch, "bare")[0]
+        before = cpu_seconds(fetch.node_pid)
+        found, _ = inner(fetch, "bare")
+        node_cpu.append(cpu_seconds(fetch.node_pid) - before)
+        return found
 
     def tensors() -> Figures:
         return inner(fetch, "tensors")[0]
 
-    found = turns(rounds, {"bzstream blake3": tensors, "bare recv_into": bare})
-    return compare("fetch_tensors", fetch.size, found, {("bzstream blake3", "bare recv_into"): ">= 0.8"})
+    def hash_alone() -> Figures:
+        return inner(fetch, "hash")[0]
+
+    names = ours, peer, hashing = "bzstream blake3", "bare recv_into", "hash alone"
+    found = turns(rounds, dict(zip(names, (tensors, bare, hash_alone), strict=True)))
+    hashes = found.pop(hashing)
+    rows = compare("fetch_tensors", fetch.size, found, {(ours, peer): ">= 0.8"})
+    both = [run.cpu + more for run, more in zip(found[peer], node_cpu[1:], strict=True)]
+    limits = [least / (least + run.cpu) for least, run in zip(both, hashes, strict=True)]
+    for name, values in ((hashing, [run.cpu for run in hashes]), ("the node for the bare loop", node_cpu[1:])):
+        rows.append(row_of("fetch_tensors: CPU", "s/GB", [one / fetch.size * 1e9 for one in values], subject=name))
+    return [*rows, row_of("fetch_tensors: limit where CPU time is all", "x", limits, subject=f"of {peer}")]
 
 
 def peak_memory(fetch: Fetch) -> list[dict[str, Any]]:
@@ -305,9 +355,13 @@ def peak_memory(fetch: Fetch) -> list[dict[str, Any]]:
 
 
 def inner(fetch: Fetch, what: str) -> tuple[Figures, int]:
-    """Run one of `INNER` in a process of its own: its figures without start-up, its peak memory in bytes."""
+    """Run one of `INNER` in a process of its own: its figures without start-up, its peak memory in bytes.
+
+    numpy's BLAS has no threads of its own there: they spin for a while after the import.
+    """
     command = [sys.executable, "-m", "bench.pull", "--inner", what, fetch.url, str(fetch.work / "inner")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    settings = environment(OPENBLAS_NUM_THREADS="1")
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{what} failed: {done.stderr[-500:]}")
     found = json.loads(done.stdout)
@@ -322,7 +376,6 @@ def inner_tensors(url: str, folder: Path) -> None:
 
 def inner_disk(url: str, folder: Path) -> None:
     """As many bytes as the slice has, from memory to the disk past the page cache: what no client here can exceed."""
-    import mmap
     import threading
 
     size, block, writers = slice_of(folder.parent).stat().st_size, MIB, 8
@@ -346,6 +399,27 @@ def inner_disk(url: str, folder: Path) -> None:
     os.close(fd)
 
 
+def inner_hash(url: str, folder: Path) -> None:
+    """The slice's size through BLAKE3, from memory that stays in the cache, with all cores at it."""
+    import threading
+
+    import blake3
+
+    size, piece = slice_of(folder.parent).stat().st_size, os.urandom(MIB)
+    cores = os.cpu_count() or 1
+
+    def work() -> None:
+        hasher = blake3.blake3()
+        for _ in range(size // MIB // cores):
+            hasher.update(piece)
+
+    threads = [threading.Thread(target=work) for _ in range(cores)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def inner_pull(url: str, folder: Path) -> None:
     import bzstream
 
@@ -355,7 +429,6 @@ def inner_pull(url: str, folder: Path) -> None:
 
 def inner_bare(url: str, folder: Path) -> None:
     """Fill fresh memory of the same kind over as many connections; nothing is checked but the number of bytes."""
-    import mmap
     import socket
     import threading
 
@@ -398,7 +471,21 @@ def inner_bare(url: str, folder: Path) -> None:
         raise RuntimeError("the bare loop did not get everything")
 
 
-INNER = {"disk": inner_disk, "tensors": inner_tensors, "pull": inner_pull, "bare": inner_bare}
+INNER = {
+    "disk": inner_disk,
+    "tensors": inner_tensors,
+    "pull": inner_pull,
+    "bare": inner_bare,
+    "hash": inner_hash,
+}
+
+
+def touch(size: int) -> None:
+    """Use so much fresh memory, and let it go."""
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        area.madvise(mmap.MADV_HUGEPAGE)
+        for at in range(0, size, mmap.PAGESIZE):
+            area[at] = 1
 
 
 def main_inner(what: str, url: str, folder: str) -> None:
@@ -407,13 +494,18 @@ def main_inner(what: str, url: str, folder: str) -> None:
     # Imports are not what is measured.
     for name in ("bzstream.client", "numpy"):
         importlib.import_module(name)
+    touch(slice_of(Path(folder).parent).stat().st_size)
+    # The peak from here on.
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = resource.getrusage(resource.RUSAGE_SELF)
     began = time.perf_counter()
     INNER[what](url, Path(folder))
     seconds = time.perf_counter() - began
     used = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
     # Not ru_maxrss: a child inherits that of the process that started it.
     peak = int(Path("/proc/self/status").read_text(encoding="ascii").partition("VmHWM:")[2].split()[0]) * 1024
-    print(json.dumps({"seconds": seconds, "cpu": used.ru_utime + used.ru_stime, "peak": peak}))
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak}))
 
 
 def main() -> None:
