@@ -39,9 +39,10 @@ class Tuning:
     near_lanes: int = 8
     """Connections to begin with on a link whose round trip is below `near_rtt_s`: on loopback with two cores 8 are
     10-20% faster than 4, and 16 add nothing."""
-    near_hashing_lanes: int = 4
-    """The same when the SHA-256 follows: it sets the pace, and more would only get further ahead of it than buffers are
-    kept (with 8, a third of the file was read back from the disk)."""
+    near_hashing_lanes: int = 3
+    """The same when the SHA-256 follows: it sets the pace, and more would only take processor time from it (on two
+    cores 2 or 3 are 5% faster than 4), or get further ahead of it than buffers are kept (with 8, a third of the file
+    was read back from the disk)."""
     far_lanes: int = 24
     """Connections to begin with on any other link: with 80 ms and 0.1% loss a cubic flow is held to ~10 Mbit/s."""
     near_rtt_s: float = 0.002
