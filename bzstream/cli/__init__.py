@@ -7,6 +7,8 @@ inside its function, and only the file of the command that is named is loaded at
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import sys
 import traceback
@@ -33,14 +35,26 @@ def command_line(commands: Iterable[str] = COMMANDS) -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     # With a callback a single command keeps its name; without one typer would leave the word `pull` out.
-    found.callback()(lambda: None)
+    found.callback()(_collect_garbage)
     for name in commands:
         found.command(name)(getattr(importlib.import_module(f"bzstream.cli.{name}"), name))
     return found
 
 
+def _collect_garbage() -> None:
+    """From here on, and not among what was loaded to get here: all that stays."""
+    gc.freeze()
+    gc.enable()
+
+
 def main() -> None:
-    """Run the command line and turn what a person can act on into one line and exit status 1."""
+    """Run the command line and turn what a person can act on into one line and exit status 1.
+
+    The garbage collector would find nothing in what a start loads, nor matters it to an end: without it there both
+    together take 0.14 s, with it 0.19 (`bzstream inspect` of no file, median of 25).
+    """
+    gc.disable()
+    atexit.register(gc.freeze)
     named = [word for word in sys.argv[1:2] if word in COMMANDS]
     try:
         command_line(named or COMMANDS)()
