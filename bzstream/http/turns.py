@@ -4,7 +4,7 @@ Every caller has a *start tag*: the bytes that it was given, counted from where 
 smallest tag has the next turn, which is worth a quantum of bytes to the first connection in the caller's queue; what
 was really sent is added to the tag. So a miner with 64 connections gets one miner's share, a miner with one gets the
 same, and one whose socket takes half a quantum at a time has twice the turns. (In rounds of equal turns such a one gets
-less: Jain's index of miners with 1 and 16 connections was 0.991 to 0.997 with them, and is 0.999 to 1.000.)
+less: Jain's index of miners with 1 and 16 connections was 0.991 to 0.997 with them, and is 0.998 to 1.000.)
 
 *Virtual time* is the largest tag that had a turn. A caller who comes starts a quantum before it, as one does that had
 no use for its turns meanwhile: so a first byte waits for nobody's megabytes (as RFC 8290 treats new flows), a socket
