@@ -6,10 +6,10 @@ was really sent is added to the tag. So a miner with 64 connections gets one min
 same, and one whose socket takes half a quantum at a time has twice the turns. (In rounds of equal turns such a one gets
 less: Jain's index of miners with 1 and 16 connections was 0.991 to 0.997 with them, and is 0.998 to 1.000.)
 
-*Virtual time* is the largest tag that had a turn. A caller who comes starts a quantum before it, as one does that had
-no use for its turns meanwhile: so a first byte waits for nobody's megabytes (as RFC 8290 treats new flows), a socket
-that was full for a moment costs nothing, and nobody saves up more than that. Tags are kept until virtual time has
-passed them by as much, so coming and going is no way to a larger share.
+*Virtual time* is the tag of the turn that is under way, the smallest if there are several. A caller who comes starts a
+quantum before it, as one does that had no use for its turns meanwhile: so a first byte waits for nobody's megabytes (as
+RFC 8290 treats new flows), a socket that was full for a moment costs nothing, and nobody saves up more than that. Tags
+are kept until virtual time has passed them by as much, so coming and going is no way to a larger share.
 
 Several threads may have takes under way at a time; each is charged when it is settled.
 """
@@ -65,6 +65,8 @@ class Turns(Generic[Item]):
         self._queue: list[tuple[int, int, Flow]] = []
         self._gone: list[tuple[int, int, Flow]] = []
         self._number = 0
+        self._serving: dict[Flow, int] = {}
+        """Flows with takes under way, and how many."""
         self._ready = 0
         self._items = 0
         self._callers = 0
@@ -115,8 +117,10 @@ class Turns(Generic[Item]):
                 flow.queued = False
                 if not flow.ready:
                     continue
-            if start > self._virtual:
-                self._virtual = start
+            self._serving[flow] = self._serving.get(flow, 0) + 1
+            virtual = min(one.start for one in self._serving)
+            if virtual > self._virtual:
+                self._virtual = virtual
                 self._forget()
             self._ready -= 1
             item: Item = flow.ready.popleft()  # type: ignore[assignment]
@@ -125,8 +129,12 @@ class Turns(Generic[Item]):
 
     def settle(self, item: Item, sent: int) -> None:
         """A take has ended; its caller is charged `sent` bytes. The item is out of the queue."""
-        assert item.flow is not None
-        item.flow.start += sent
+        flow = item.flow
+        assert flow is not None
+        flow.start += sent
+        self._serving[flow] -= 1
+        if not self._serving[flow]:
+            del self._serving[flow]
 
     def leave(self, item: Item) -> None:
         """It is out of the queue, and for good; does nothing the second time."""
