@@ -19,10 +19,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib
 import importlib.util
 import json
-import mmap
 import os
 import resource
 import secrets
@@ -38,6 +36,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench.alone import HOTKEY, MIB
 from bench.native import MissingPeer
 from bench.node import BLOCK, publish_slices
 from bench.peers.servers import cpu_seconds
@@ -46,9 +45,7 @@ from bench.wan import wide_area
 
 __all__ = ["run"]
 
-HOTKEY = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
 TOKEN = secrets.token_hex(32)
-MIB = 1024 * 1024
 LIMIT = "start, then disk alone"
 PARTS = ("disk", "tensors", "wan", "memory")
 ROUND_TRIP_MS, LOSS, BITS = 80.0, 0.001, 1e9
@@ -355,11 +352,11 @@ def peak_memory(fetch: Fetch) -> list[dict[str, Any]]:
 
 
 def inner(fetch: Fetch, what: str) -> tuple[Figures, int]:
-    """Run one of `INNER` in a process of its own: its figures without start-up, its peak memory in bytes.
+    """Run one of `bench.alone`: its figures without start-up, its peak memory in bytes.
 
     numpy's BLAS has no threads of its own there: they spin for a while after the import.
     """
-    command = [sys.executable, "-m", "bench.pull", "--inner", what, fetch.url, str(fetch.work / "inner")]
+    command = [sys.executable, "-m", "bench.alone", what, fetch.url, str(fetch.work / "inner"), str(fetch.size)]
     settings = environment(OPENBLAS_NUM_THREADS="1")
     done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -368,150 +365,7 @@ def inner(fetch: Fetch, what: str) -> tuple[Figures, int]:
     return Figures(found["seconds"], found["cpu"]), found["peak"]
 
 
-def inner_tensors(url: str, folder: Path) -> None:
-    import bzstream
-
-    bzstream.fetch_tensors(url, 0, hotkey=HOTKEY)
-
-
-def inner_disk(url: str, folder: Path) -> None:
-    """As many bytes as the slice has, from memory to the disk past the page cache: what no client here can exceed."""
-    import threading
-
-    size, block, writers = slice_of(folder.parent).stat().st_size, MIB, 8
-    folder.mkdir()
-    fd = os.open(folder / "file", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
-    os.posix_fallocate(fd, 0, size)
-
-    def write(number: int) -> None:
-        area = mmap.mmap(-1, block)
-        area.write(os.urandom(block))
-        for position in range(number * block, size, writers * block):
-            os.pwrite(fd, area, position)
-
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(writers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    os.ftruncate(fd, size)
-    os.fsync(fd)
-    os.close(fd)
-
-
-def inner_hash(url: str, folder: Path) -> None:
-    """The slice's size through BLAKE3, from memory that stays in the cache, with all cores at it."""
-    import threading
-
-    import blake3
-
-    size, piece = slice_of(folder.parent).stat().st_size, os.urandom(MIB)
-    cores = os.cpu_count() or 1
-
-    def work() -> None:
-        hasher = blake3.blake3()
-        for _ in range(size // MIB // cores):
-            hasher.update(piece)
-
-    threads = [threading.Thread(target=work) for _ in range(cores)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
-def inner_pull(url: str, folder: Path) -> None:
-    import bzstream
-
-    bzstream.pull(url, out=folder, groups=[0], hotkey=HOTKEY)
-    shutil.rmtree(folder)
-
-
-def inner_bare(url: str, folder: Path) -> None:
-    """Fill fresh memory of the same kind over as many connections; nothing is checked but the number of bytes."""
-    import socket
-    import threading
-
-    from bzstream.client import Tuning
-
-    host, port = url.removeprefix("http://").split(":")
-    fields = f"Host: {host}\r\nAuthorization: Bearer {TOKEN}\r\nX-Hotkey: {HOTKEY}\r\nX-Expert-Group: 0\r\n"
-    path = "/model/partial?format=safetensors"
-
-    def ask(sock: socket.socket, method: str, more: str = "") -> bytes:
-        sock.sendall(f"{method} {path} HTTP/1.1\r\n{fields}{more}\r\n".encode())
-        head = b""
-        while not head.endswith(b"\r\n\r\n"):
-            head += sock.recv(1)
-        return head.lower()
-
-    with socket.create_connection((host, int(port))) as sock:
-        size = int(ask(sock, "HEAD").split(b"content-length: ")[1].split(b"\r\n")[0])
-    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    area.madvise(mmap.MADV_HUGEPAGE)
-    memory = memoryview(area)
-    lanes = Tuning().near_lanes
-    filled = [0] * lanes
-
-    def lane(number: int) -> None:
-        begin, end = size * number // lanes, size * (number + 1) // lanes
-        with socket.create_connection((host, int(port))) as sock:
-            ask(sock, "GET", f"Range: bytes={begin}-{end - 1}\r\n")
-            while begin < end:
-                count = sock.recv_into(memory[begin:end])
-                filled[number] += count
-                begin += count
-
-    threads = [threading.Thread(target=lane, args=(number,)) for number in range(lanes)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if sum(filled) != size:
-        raise RuntimeError("the bare loop did not get everything")
-
-
-INNER = {
-    "disk": inner_disk,
-    "tensors": inner_tensors,
-    "pull": inner_pull,
-    "bare": inner_bare,
-    "hash": inner_hash,
-}
-
-
-def touch(size: int) -> None:
-    """Use so much fresh memory, and let it go."""
-    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
-        area.madvise(mmap.MADV_HUGEPAGE)
-        for at in range(0, size, mmap.PAGESIZE):
-            area[at] = 1
-
-
-def main_inner(what: str, url: str, folder: str) -> None:
-    global TOKEN
-    TOKEN = os.environ["BZ_AUTH_TOKEN"]
-    # Imports are not what is measured.
-    for name in ("bzstream.client", "numpy"):
-        importlib.import_module(name)
-    touch(slice_of(Path(folder).parent).stat().st_size)
-    # The peak from here on.
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    began = time.perf_counter()
-    INNER[what](url, Path(folder))
-    seconds = time.perf_counter() - began
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
-    # Not ru_maxrss: a child inherits that of the process that started it.
-    peak = int(Path("/proc/self/status").read_text(encoding="ascii").partition("VmHWM:")[2].split()[0]) * 1024
-    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak}))
-
-
 def main() -> None:
-    if sys.argv[1:2] == ["--inner"]:
-        main_inner(*sys.argv[2:5])
-        return
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="512 MiB and fewer rounds")
     parser.add_argument("--json", type=Path, help="write the rows to this file")

@@ -174,14 +174,16 @@ def _bring_in(null: int, fd: int, start: int) -> None:
 
 
 def _begin_large(fd: int, start: int) -> None:
-    """Have the kernel begin to read a window, and the next, into large folios.
+    """Have the kernel begin to read a window, and no more, into large folios.
 
-    A page fault in a mapping with MADV_HUGEPAGE does so (mm/filemap.c, do_sync_mmap_readahead), and nothing else does.
-    It is a wish: without it, or when any of this fails, the window is read as it comes.
+    A page fault in a mapping with MADV_HUGEPAGE does so (mm/filemap.c, do_sync_mmap_readahead), and nothing else does;
+    without MADV_RANDOM it reads the next window too. It is a wish: when any of this fails, the window is read as it
+    comes.
     """
     address = _maps.mmap(None, WINDOW, mmap.PROT_READ, mmap.MAP_SHARED, fd, start)
     if address == _MAP_FAILED:
         return
-    if _maps.madvise(address, WINDOW, mmap.MADV_HUGEPAGE) == 0:
+    wishes = (mmap.MADV_RANDOM, mmap.MADV_HUGEPAGE)
+    if all(_maps.madvise(address, WINDOW, wish) == 0 for wish in wishes):
         _maps.madvise(address, mmap.PAGESIZE, _MADV_POPULATE_READ)
     _maps.munmap(address, WINDOW)

@@ -253,7 +253,6 @@ class Sender:
         self._failed = failed
         self._lock = threading.Lock()
         self._turns: Turns[Transfer] = Turns(quantum)
-        self._quantum = quantum
         self._idle = 0
         self._closed = False
         self._places = threading.Semaphore(threads)
@@ -385,7 +384,7 @@ class Sender:
                 self._ring()  # there may be work for another thread
             if few:
                 return transfer
-            done = self._take_turn(transfer, self._quantum, residency, stay=False)
+            done = self._take_turn(transfer, self._turns.quantum, residency, stay=False)
         if done is not None:
             with self._lock:
                 self._settle_locked(done)

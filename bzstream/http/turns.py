@@ -58,7 +58,7 @@ class Turns(Generic[Item]):
 
     def __init__(self, quantum: int) -> None:
         """`quantum`: bytes of one turn, at least 1."""
-        self._quantum = quantum
+        self.quantum = quantum
         self._virtual = quantum
         self._flows: dict[str, Flow] = {}
         # Heaps of (start tag, number, flow), at most one entry a flow: numbers make ties first come, first served.
@@ -91,7 +91,7 @@ class Turns(Generic[Item]):
             flow.items += 1
             item.flow = flow
         if not flow.ready:
-            flow.start = max(flow.start, self._virtual - self._quantum)
+            flow.start = max(flow.start, self._virtual - self.quantum)
             if not flow.queued:
                 flow.queued = True
                 heappush(self._queue, self._entry(flow))
@@ -158,7 +158,7 @@ class Turns(Generic[Item]):
 
     def _forget(self) -> None:
         """Let go of callers without connections that have nothing, or the least, to gain from being new."""
-        gone, passed = self._gone, self._virtual - self._quantum
+        gone, passed = self._gone, self._virtual - self.quantum
         while gone and (gone[0][0] <= passed or len(gone) > _REMEMBERED):
             noted, _, flow = gone[0]
             if not flow.items and noted < flow.start:
