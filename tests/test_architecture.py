@@ -12,17 +12,18 @@ import pytest
 import bzstream
 
 ROOT = Path(bzstream.__file__).parent
-LEAVES = {"payload", "tensorfile", "config", "errors"}
+LEAVES = {"payload", "tensorfile", "config", "errors", "util"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "payload": set(),
     "errors": set(),
-    "tensorfile": {"errors"},
-    "config": {"errors"},
-    "logs": {"config"},
+    "util": {"errors"},
+    "payload": {"util"},
+    "tensorfile": {"errors", "util"},
+    "config": {"errors", "util"},
+    "logs": {"config", "util"},
     "http": LEAVES,
     "model": LEAVES,
-    "chain": {"config", "errors"},
-    "submissions": {"chain", "config", "errors"},
+    "chain": {"config", "errors", "util"},
+    "submissions": {"chain", "config", "errors", "util"},
     "client": LEAVES | {"chain"},
     "evaluation": LEAVES | {"model", "submissions", "chain", "client"},
     "api": LEAVES | {"http", "model", "chain", "submissions"},
