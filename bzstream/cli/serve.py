@@ -40,6 +40,7 @@ def serve(
     """
     from bzstream import node
     from bzstream.config import Settings, load
+    from bzstream.node.child import Role
 
     flags: dict[str, object] = {
         "store.path": _text(store),
@@ -58,9 +59,7 @@ def serve(
     def settings() -> Settings:
         return load(file=config, environment=os.environ, flags=flags)
 
-    roles: frozenset[node.Role] = (
-        frozenset(r.value for r in role) if role else frozenset(("http", "chain", "evaluator"))
-    )
+    roles: frozenset[Role] = frozenset(r.value for r in role) if role else frozenset(("http", "chain", "evaluator"))
     sys.exit(node.serve(settings(), roles, settings))
 
 

@@ -1,0 +1,115 @@
+"""A child process of the supervisor, which runs one role.
+
+Its standard input is a pipe from the supervisor. The pipe carries the settings: a JSON line with a `ChildSpec` at the
+start, and a line with the `Settings` after each SIGHUP. Settings hold tokens, so they travel neither in arguments nor
+in the environment. When the supervisor is gone, however it ended, the pipe closes and the child exits at once.
+(PR_SET_PDEATHSIG does the same for a child that is stuck.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import socket
+import sys
+from typing import Literal
+
+import msgspec
+import structlog
+import uvloop
+
+from bzstream import logs
+from bzstream.config import Settings
+from bzstream.errors import BzstreamError
+
+__all__ = ["ChildSpec", "Role", "main"]
+
+Role = Literal["http", "chain", "evaluator"]
+
+_PR_SET_PDEATHSIG = 1
+_EVALUATOR_NICE = 5
+"""On busy cores the evaluator gives way to requests; the threads that send have the same nice value."""
+
+
+class ChildSpec(msgspec.Struct, frozen=True):
+    """What the supervisor tells a child on its first line."""
+
+    role: Role
+    index: int
+    settings: Settings
+    listen_fd: int | None = None
+    """For an HTTP worker: the inherited descriptor of its listening socket."""
+    device: str | None = None
+    """For an evaluator: the torch device."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}-{self.index}"
+
+
+def main() -> None:
+    """Run one role as a child of the supervisor. Exit status 1 when the role cannot run."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor alone decides
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    line = sys.stdin.buffer.readline()
+    if not line:  # the supervisor ended before it wrote anything
+        return
+    spec = msgspec.json.decode(line, type=ChildSpec)
+    logs.configure(spec.settings.log, role=spec.role, worker=spec.index)
+    run = asyncio.run if spec.role == "evaluator" else uvloop.run
+    try:
+        run(_live(spec))
+    except BzstreamError as error:
+        structlog.get_logger(spec.role).error("cannot run", reason=str(error))
+        sys.exit(1)
+
+
+async def _live(spec: ChildSpec) -> None:
+    """Run the role until SIGTERM; end the process at once when the supervisor's end of the pipe closes."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    parent_pipe = asyncio.StreamReader(limit=1024 * 1024)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(parent_pipe), sys.stdin)
+    changes: asyncio.Queue[Settings] = asyncio.Queue()
+    reading = asyncio.create_task(_read_parent_pipe(parent_pipe, changes, spec))
+    try:
+        await _run_role(spec, stop, changes)
+    finally:
+        reading.cancel()
+
+
+async def _read_parent_pipe(pipe: asyncio.StreamReader, changes: asyncio.Queue[Settings], spec: ChildSpec) -> None:
+    while line := await pipe.readline():
+        settings = msgspec.json.decode(line, type=Settings)
+        logs.configure(settings.log, role=spec.role, worker=spec.index)
+        changes.put_nowait(settings)
+    os._exit(0)  # draining would serve nobody: the supervisor is gone, and its successor has the port
+
+
+async def _run_role(spec: ChildSpec, stop: asyncio.Event, changes: asyncio.Queue[Settings]) -> None:
+    settings = spec.settings
+    if spec.role == "http":
+        from bzstream.api import worker
+
+        assert spec.listen_fd is not None
+        await worker.run(settings, socket.socket(fileno=spec.listen_fd), stop, changes)
+    elif spec.role == "chain":
+        from bzstream.chain import role as chain_role
+        from bzstream.submissions.ledger import AsyncLedger
+
+        ledger = await asyncio.to_thread(AsyncLedger.open, settings.ledger_location())
+        try:
+            await chain_role.run(
+                settings.chain, ledger.write_chain_state, stop, book=ledger, wallet=settings.node.wallet
+            )
+        finally:
+            await asyncio.to_thread(ledger.close)
+    else:
+        from bzstream.evaluation import role as evaluation_role
+
+        os.nice(_EVALUATOR_NICE)
+        await evaluation_role.run(settings, settings.store_path(), device=spec.device, stop=stop)

@@ -1,0 +1,43 @@
+"""The sockets that clients connect to. The supervisor opens them once and hands one to each HTTP worker.
+
+A worker that died and was started again inherits the connections that the kernel queued meanwhile.
+"""
+
+from __future__ import annotations
+
+import socket
+
+from bzstream.config import HttpSettings
+from bzstream.node.errors import NodeError
+
+__all__ = ["open_listeners"]
+
+
+def open_listeners(settings: HttpSettings) -> list[socket.socket]:
+    """One SO_REUSEPORT socket a worker, bound and listening. Raises NodeError when the address cannot be had.
+
+    SO_REUSEPORT would let a second node of the same user take half of the connections without any error, so a plain
+    bind goes first: it fails when anybody else listens.
+    """
+    host, port = settings.host, settings.port
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+            address = probe.getsockname()
+        listeners = []
+        for _ in range(settings.workers):
+            listener = socket.socket(family, kind, protocol)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind(address)
+            listener.listen(settings.backlog)
+            listener.setblocking(False)
+            listeners.append(listener)
+    except OSError as error:
+        raise NodeError(f"cannot listen on {host} port {port}: {error.strerror}; choose another --port") from None
+    return listeners
