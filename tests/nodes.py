@@ -45,7 +45,7 @@ class Node:
     validator: Key
     validator_token: str
     token: str = TOKEN
-    hotkey: str = field(default_factory=lambda: Key.from_seed(b"\x01" * 32).hotkey)
+    hotkey: str = field(default_factory=lambda: Key.from_seed(b"\x01" * 32).ss58_address)
     trusted: str | None = None
     """The certificate (PEM, for `localhost`) of a node that speaks TLS."""
 
@@ -97,7 +97,7 @@ class Node:
         return found
 
     def write_chain(self, block: int = BLOCK, **more: object) -> None:
-        write_chain(self.place, self.validator.hotkey, block, **more)
+        write_chain(self.place, self.validator.ss58_address, block, **more)
 
     def log(self) -> str:
         return (self.place / "node.log").read_text(encoding="utf-8", errors="replace")
@@ -145,8 +145,8 @@ def running_node(
     validator, validator_token, port = Key.from_seed(b"\x02" * 32), secrets.token_hex(24), free_port()
     tokens = place / "tokens.toml"
     tokens.touch(mode=0o600)
-    tokens.write_text(f'"{validator_token}" = "{validator.hotkey}"\n', encoding="utf-8")
-    write_chain(place, validator.hotkey)
+    tokens.write_text(f'"{validator_token}" = "{validator.ss58_address}"\n', encoding="utf-8")
+    write_chain(place, validator.ss58_address)
     clean = {name: value for name, value in os.environ.items() if not name.startswith("BZ_")}
     command = [
         *(sys.executable, "-m", "bzstream", "serve", "--store", str(place / "store"), "--port", str(port)),

@@ -209,7 +209,7 @@ def test_sighup_reads_the_settings_again(place: Path) -> None:
     config = place / "bzstream.toml"
     config.write_text("[auth]\ntrust_claimed_hotkey = false\n")
     with running_node(place, "--config", str(config)) as node:
-        claim = {**node.headers(), "X-Hotkey": node.validator.hotkey}
+        claim = {**node.headers(), "X-Hotkey": node.validator.ss58_address}
         assert node.get("/model/full", claim).status == 403
         config.write_text("[auth]\ntrust_claimed_hotkey = true\n")
         node.process.send_signal(signal.SIGHUP)

@@ -65,21 +65,25 @@ class KeyUnavailable(BzstreamError):
 class Key:
     """A private key, able to sign. Its `repr` shows the public half only.
 
-    It has what the Bittensor SDK expects of a signer (`ss58_address`, `public_key`, `crypto_type`, `sign`), so that the
-    SDK can submit weights with it.
+    It has the four members that the Bittensor SDK expects of a signer (`ss58_address`, `public_key`, `crypto_type`,
+    `sign`), so that the SDK can submit weights with it. It must not have a member `hotkey`: the SDK takes an object
+    that has one for a whole wallet and reads `wallet.hotkey.ss58_address` and `wallet.hotkey.public_key`
+    (bittensor 11.3, intents/base.py: `hotkey_address`, `hotkey_public_key`).
     """
 
-    __slots__ = ("_pair", "hotkey", "scheme")
+    __slots__ = ("_pair", "scheme", "ss58_address")
 
     def __init__(self, pair: Any) -> None:
         """`pair`: a `bittensor_core.Keypair` that holds its private half; else KeyUnavailable."""
         self._pair = pair
         self.scheme: Scheme = "ed25519" if pair.crypto_type == bittensor_core.CRYPTO_ED25519 else "sr25519"
-        self.hotkey: str = encode_hotkey(bytes(pair.public_key))
+        self.ss58_address: str = encode_hotkey(bytes(pair.public_key))
         try:
             pair.sign(b"")
         except ValueError:
-            raise KeyUnavailable(f"only the public half of {self.hotkey} is there; give the private key") from None
+            raise KeyUnavailable(
+                f"only the public half of {self.ss58_address} is there; give the private key"
+            ) from None
 
     @classmethod
     def from_seed(cls, seed: bytes, scheme: Scheme = "ed25519") -> Key:
@@ -88,11 +92,6 @@ class Key:
             raise KeyUnavailable(f"a seed has 32 bytes, not {len(seed)}")
         kind = bittensor_core.CRYPTO_ED25519 if scheme == "ed25519" else bittensor_core.CRYPTO_SR25519
         return cls(bittensor_core.Keypair.create_from_seed(seed, kind))
-
-    @property
-    def ss58_address(self) -> str:
-        """`hotkey`, under the name that the SDK uses."""
-        return self.hotkey
 
     @property
     def public_key(self) -> bytes:
@@ -112,7 +111,7 @@ class Key:
         return encode_signature(self.sign(canonical_json(fields)))
 
     def __repr__(self) -> str:
-        return f"Key({self.hotkey}, {self.scheme})"
+        return f"Key({self.ss58_address}, {self.scheme})"
 
 
 def load_key(text: str) -> Key:

@@ -99,10 +99,10 @@ def sign_request(
     `target`: path and query exactly as sent. `receiver`: SS58 hotkey of the node. `nonce`: nanoseconds since the epoch.
     """
     moment = time.time_ns() if nonce is None else nonce
-    signature = key.sign(_payload(key.scheme, method, target, body, moment, key.hotkey, receiver))
+    signature = key.sign(_payload(key.scheme, method, target, body, moment, key.ss58_address, receiver))
     headers = {
         _VERSION: "1",
-        _HOTKEY: key.hotkey,
+        _HOTKEY: key.ss58_address,
         _RECEIVER: receiver,
         _NONCE: str(moment),
         _SIGNATURE: "0x" + signature.hex(),

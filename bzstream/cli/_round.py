@@ -76,7 +76,7 @@ def play_round(stage: Stage) -> None:
 def _train_and_forge(stage: Stage, checkpoint: Path) -> dict[str, Path]:
     """Miner -> the file that it submits."""
     stage.bzstream(
-        *("pull", stage.url, "--group", "0", "--hotkey", stage.key("honest").hotkey),
+        *("pull", stage.url, "--group", "0", "--hotkey", stage.key("honest").ss58_address),
         *("--out", str(stage.place / "pulled")),
     )
     folder = stage.place / "miners"

@@ -63,7 +63,7 @@ class Stage:
 
     def chain(self, block: int) -> None:
         """Put the simulated chain at `block`."""
-        state = {"block": block, "block_seconds": 0, "validators": [self.validator.hotkey], "miners": None}
+        state = {"block": block, "block_seconds": 0, "validators": [self.validator.ss58_address], "miners": None}
         new = self.place / "chain.json.new"
         new.write_text(json.dumps(state), encoding="utf-8")
         new.replace(self.place / "chain.json")
@@ -118,7 +118,7 @@ class Stage:
         """A running, healthy node: simulated chain with this validator on it, a token of the validator's own."""
         tokens = self.place / "tokens.toml"
         tokens.touch(mode=0o600)
-        tokens.write_text(f'"{self.validator_token}" = "{self.validator.hotkey}"\n', encoding="utf-8")
+        tokens.write_text(f'"{self.validator_token}" = "{self.validator.ss58_address}"\n', encoding="utf-8")
         command = [
             *(sys.executable, "-m", "bzstream", "serve", "--store", str(self.place / "store")),
             *("--port", str(self.port), "--chain-file", str(self.place / "chain.json"), *arguments),

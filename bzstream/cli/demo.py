@@ -86,7 +86,7 @@ def _download(stage: Stage, checkpoint: Path) -> None:
     table = Table("unit", "bytes", "GB/s", "SHA-256", box=None, padding=(0, 2), header_style="dim")
     out = stage.place / "pulled"
     for token, arguments in (
-        (stage.token, ["--group", "0", "--shared", "--hotkey", stage.miner.hotkey]),
+        (stage.token, ["--group", "0", "--shared", "--hotkey", stage.miner.ss58_address]),
         (stage.validator_token, ["--full"]),
     ):
         report = json.loads(
@@ -115,7 +115,7 @@ def _refusals(stage: Stage) -> None:
 def _submissions(stage: Stage) -> None:
     """Submit too early, then in time, then again, then with somebody else's signature."""
     fields: dict[str, object] = {
-        "hotkey": stage.miner.hotkey,
+        "hotkey": stage.miner.ss58_address,
         "expert_group": 0,
         "checkpoint_url": "https://miner.example/checkpoint.safetensors",
         "block_number": BLOCK,
@@ -157,7 +157,7 @@ def _round(stage: Stage) -> None:
 
 def _invite(stage: Stage) -> None:
     """Commands that work when pasted."""
-    header = f"-H 'Authorization: Bearer {stage.token}' -H 'X-Hotkey: {stage.miner.hotkey}'"
+    header = f"-H 'Authorization: Bearer {stage.token}' -H 'X-Hotkey: {stage.miner.ss58_address}'"
     stage.say("The node keeps running; Ctrl-C ends it. Try:")
     for command in (
         f"curl -s {stage.url}/health",
@@ -165,13 +165,13 @@ def _invite(stage: Stage) -> None:
         f"curl -s {header} -H 'X-Expert-Group: 0' '{stage.url}/model/partial?format=safetensors' | sha256sum",
         f"curl -s {header} -H 'X-Expert-Group: 0' {stage.url}/model/partial/manifest",
         f"BZ_AUTH_TOKEN={stage.token} {shlex.quote(sys.executable)} -m bzstream pull {stage.url} --group 1 --shared "
-        f"--hotkey {stage.miner.hotkey} --out my-group",
+        f"--hotkey {stage.miner.ss58_address} --out my-group",
     ):
         stage.console.print(f"  {command}", soft_wrap=True)
 
 
 def _miner(stage: Stage) -> dict[str, str]:
-    return {"Authorization": f"Bearer {stage.token}", "X-Hotkey": stage.miner.hotkey}
+    return {"Authorization": f"Bearer {stage.token}", "X-Hotkey": stage.miner.ss58_address}
 
 
 def _expect(stage: Stage, what: str, expected: int, answer: tuple[int, object, bytes]) -> None:
@@ -193,7 +193,7 @@ def _check_hash(stage: Stage, file: Path, token: str) -> str:
     )
     headers = {"Authorization": f"Bearer {token}"}
     if unit != "model":
-        headers["X-Hotkey"] = stage.miner.hotkey
+        headers["X-Hotkey"] = stage.miner.ss58_address
     if group:
         headers["X-Expert-Group"] = group
     _, answered, _ = stage.request("HEAD", path, headers)

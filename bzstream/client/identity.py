@@ -34,7 +34,7 @@ class Identity:
         found = [("User-Agent", AGENT), ("Accept-Encoding", "identity")]
         if self.token is not None:
             found.append(("Authorization", f"Bearer {self.token}"))
-        hotkey = self.key.hotkey if self.key is not None else self.hotkey
+        hotkey = self.key.ss58_address if self.key is not None else self.hotkey
         if hotkey is not None:
             found.append(("X-Hotkey", hotkey))
         if self.key is not None and self.receiver is not None and method in ("GET", "HEAD"):

@@ -101,7 +101,7 @@ def submit(
             "block_number": block,
             "checkpoint_url": checkpoint_url,
             "expert_group": group,
-            "hotkey": signer.hotkey,
+            "hotkey": signer.ss58_address,
         }
         if checkpoint is not None:
             fields["checkpoint_hash"] = hash_file(checkpoint)
@@ -111,7 +111,7 @@ def submit(
         session.close()
     return SubmissionReport(
         submission_id=accepted.submission_id,
-        hotkey=signer.hotkey,
+        hotkey=signer.ss58_address,
         expert_group=group,
         block_number=block,
         checkpoint_hash=str(fields["checkpoint_hash"]) if checkpoint is not None else None,

@@ -207,7 +207,7 @@ def _publish(checkpoint: Checkpoint, store: Store, order: _Order) -> Publication
                 block=order.block,
                 sequence=max((old.sequence for old in store.records()), default=0) + 1,
                 published_at=int(time.time()),
-                hotkey=order.signer.hotkey if order.signer else None,
+                hotkey=order.signer.ss58_address if order.signer else None,
                 orientation=orientation,
                 layers={number: layer.experts for number, layer in layers.items()},
                 config=dict(checkpoint.config) if checkpoint.config is not None else None,

@@ -43,7 +43,7 @@ class ManifestSigner(Protocol):
     """Whoever signs manifests: `chain.keys.Key` does."""
 
     @property
-    def hotkey(self) -> str:
+    def ss58_address(self) -> str:
         """SS58 address of the signing hotkey."""
 
     def sign_fields(self, fields: Mapping[str, object]) -> str:

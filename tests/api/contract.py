@@ -266,7 +266,7 @@ class World:
         if repeated(ask.query) or (["format", "safetensors"] not in query and "format" in names):
             raise Stop(400)
         self._identity(ask, bound)
-        if kind == "full" and bound != self.validator.hotkey:
+        if kind == "full" and bound != self.validator.ss58_address:
             raise Stop(403)
         version = dict(query).get("version", self.current)
         group = int(ask.group or 0) if kind == "partial" else None
@@ -401,5 +401,5 @@ def is_hotkey(text: str) -> bool:
 
 def known(key: Key) -> Key:
     """Tell the model of a hotkey."""
-    _HOTKEYS.add(key.hotkey)
+    _HOTKEYS.add(key.ss58_address)
     return key

@@ -26,7 +26,7 @@ def new_key(scheme: Scheme = "ed25519") -> Key:
 def fields(key: Key, block: int, **changes: object) -> dict[str, object]:
     """What is signed, for a good submission but for `changes`."""
     return {
-        "hotkey": key.hotkey,
+        "hotkey": key.ss58_address,
         "expert_group": 0,
         "checkpoint_url": "https://miner.example/checkpoint_500_12345.pt",
         "block_number": block,

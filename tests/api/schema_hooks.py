@@ -15,7 +15,7 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
     if case.meta is None or case.meta.generation.mode is not schemathesis.GenerationMode.POSITIVE:
         return
     if "X-Hotkey" in (case.headers or {}):
-        case.headers["X-Hotkey"] = new_key().hotkey
+        case.headers["X-Hotkey"] = new_key().ss58_address
     if case.path == "/submit" and isinstance(case.body, dict):
         kept = {name: case.body[name] for name in ("checkpoint_hash",) if name in case.body}
         group = int(case.body["expert_group"]) % 4

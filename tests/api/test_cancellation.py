@@ -32,7 +32,7 @@ Run = Callable[[Coroutine[Any, Any, None]], None]
 def submission() -> tuple[str, bytes]:
     """A new hotkey and the body of its submission."""
     key = new_key()
-    return key.hotkey, json.dumps(signed(key, Desk.NOW)).encode()
+    return key.ss58_address, json.dumps(signed(key, Desk.NOW)).encode()
 
 
 def post(body: bytes) -> bytes:

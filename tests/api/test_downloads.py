@@ -17,8 +17,8 @@ from bzstream.chain.proofs import sign_request
 from tests.nodes import BLOCK, GROUPS, TOKEN, VERSION, Answer, Node, running_node
 
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
-HOTKEY = Key.from_seed(b"\x01" * 32).hotkey
-OTHER = Key.from_seed(b"\x03" * 32).hotkey
+HOTKEY = Key.from_seed(b"\x01" * 32).ss58_address
+OTHER = Key.from_seed(b"\x03" * 32).ss58_address
 MINER = {**BEARER, "X-Hotkey": HOTKEY, "X-Expert-Group": "0"}
 UNKNOWN = {"Authorization": "Bearer " + "x" * 40}
 
@@ -255,7 +255,7 @@ def test_a_retained_version_can_be_asked_for(node: Node) -> None:
 
 def test_hotkeys_that_differ_are_refused(node: Node) -> None:
     bound = node.as_validator()
-    assert node.request("HEAD", "/model/full", {**bound, "X-Hotkey": node.validator.hotkey}).status == 200
+    assert node.request("HEAD", "/model/full", {**bound, "X-Hotkey": node.validator.ss58_address}).status == 200
     answer = node.get("/model/full", {**bound, "X-Hotkey": OTHER})
     assert (answer.status, answer.json["code"]) == (403, "hotkey_mismatch")
     answer = node.get("/model/partial", {**bound, "X-Hotkey": OTHER, "X-Expert-Group": "0"})
@@ -269,7 +269,7 @@ def test_a_proof_without_a_node_hotkey_is_not_supported(node: Node) -> None:
 
 
 def test_proofs(node: Node, tmp_path: Path) -> None:
-    receiver = Key.from_seed(b"\x05" * 32).hotkey
+    receiver = Key.from_seed(b"\x05" * 32).ss58_address
     (tmp_path / "store").symlink_to(node.store)
     ledger = ("--ledger", str(tmp_path / "ledger.sqlite"))
     with running_node(tmp_path, *ledger, environment={"BZ_NODE_HOTKEY": receiver}) as second:

@@ -67,15 +67,15 @@ class Miner(threading.Thread):
         good = signed(key, Desk.NOW)
         status, answer = self._send(connection, good)
         assert status == 202, answer
-        self.accepted[answer["submission_id"]] = (key.hotkey, Desk.NOW, 0)
+        self.accepted[answer["submission_id"]] = (key.ss58_address, Desk.NOW, 0)
         status, again = self._send(connection, good)
         assert (status, again["submission_id"]) == (409, answer["submission_id"])
         status, _ = self._send(connection, signed(key, Desk.NOW, expert_group=1))
         assert status == 409
-        self.refused.add((key.hotkey, Desk.NOW, 1))
+        self.refused.add((key.ss58_address, Desk.NOW, 1))
         status, _ = self._send(connection, {**good, "block_number": Desk.NOW - 1})
         assert status == 400
-        self.refused.add((key.hotkey, Desk.NOW - 1, 0))
+        self.refused.add((key.ss58_address, Desk.NOW - 1, 0))
 
     def _send(self, connection: http.client.HTTPConnection, body: dict[str, object]) -> tuple[int, Any]:
         connection.request("POST", "/submit", json.dumps(body), HEADERS)
@@ -122,7 +122,7 @@ def submitting_node(place: Path, ledger: str, *arguments: str) -> Any:
     """A node whose chain stands in the submit phase from the start."""
     chain = place / "submit"
     chain.mkdir(exist_ok=True)
-    write_chain(chain, new_key().hotkey, Desk.NOW)
+    write_chain(chain, new_key().ss58_address, Desk.NOW)
     environment = {"BZ_LEDGER": ledger, "BZ_SUBMIT_MAX_PER_CYCLE": "1000000"}
     return running_node(place, "--chain-file", str(chain / "chain.json"), *arguments, environment=environment)
 

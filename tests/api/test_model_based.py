@@ -29,7 +29,7 @@ from tests.api.desk import Desk, new_key, troubles
 from tests.http.support import Answer, Client
 from tests.nodes import TOKEN, Node, running_node
 
-MINER = known(Key.from_seed(b"\x01" * 32)).hotkey
+MINER = known(Key.from_seed(b"\x01" * 32)).ss58_address
 CURRENT = "<its etag>"
 WANTED = {200, 202, 206, 304, 400, 401, 403, 404, 405, 409, 412}
 """What has to come up for the test to have tested something, in so many runs at the most."""
@@ -55,7 +55,7 @@ def downloads_of(node: Node) -> st.SearchStrategy[Ask]:
         path=st.sampled_from(["/model/partial", "/model/shared", "/model/full"]),
         query=st.sampled_from(["", "?format=safetensors", "?version=step_0999"]),
         token=st.just(node.validator_token),
-        hotkey=st.just(node.validator.hotkey),
+        hotkey=st.just(node.validator.ss58_address),
         group=st.sampled_from(["0", "3"]),
         ranges=st.lists(pairs, min_size=1, max_size=4).map(tuple),
         if_match=tags,
@@ -82,7 +82,7 @@ def asks_of(node: Node) -> st.SearchStrategy[Ask]:
             + ["?format=pickle", "?format=safetensors&format=safetensors", "?round=12520", "?round=x", "?other=1"]
         ),
         token=st.sampled_from([TOKEN] * 12 + [node.validator_token] * 5 + [None, "x" * 40]),
-        hotkey=st.sampled_from([MINER] * 16 + [None, node.validator.hotkey, MINER[:-1], MINER[:-1] + "0"]),
+        hotkey=st.sampled_from([MINER] * 16 + [None, node.validator.ss58_address, MINER[:-1], MINER[:-1] + "0"]),
         group=st.sampled_from(["0"] * 16 + ["3", "4", "999999999", None, "01", "x", "-1"]),
         ranges=st.one_of(st.none(), st.lists(pairs, min_size=1, max_size=3).map(tuple), st.just(((0, 0),) * 17)),
         if_match=tags,
@@ -119,7 +119,7 @@ class Requests(RuleBasedStateMachine):
     def move_the_chain(self, block: int, registered: int | None) -> None:
         """A few times in all: each takes a quarter of a second to be in force."""
         if self.moves < 20:
-            self._move(block, None if registered is None else [key.hotkey for key in self.keys[:registered]])
+            self._move(block, None if registered is None else [key.ss58_address for key in self.keys[:registered]])
 
     def _move(self, block: int, miners: list[str] | None) -> None:
         Requests.moves += 1
@@ -143,7 +143,7 @@ class Requests(RuleBasedStateMachine):
             if data.draw(few):
                 body = body[: data.draw(st.integers(0, 200))]
             token = data.draw(st.sampled_from([TOKEN] * 4 + [self.desk.node.validator_token]))
-            hotkey = data.draw(st.sampled_from([None, None, MINER, key.hotkey, "nobody"]))
+            hotkey = data.draw(st.sampled_from([None, None, MINER, key.ss58_address, "nobody"]))
             chunks = data.draw(st.sampled_from([0, 50]))
             pipeline.append(Ask("POST", "/submit", token=token, hotkey=hotkey, body=body, chunks=chunks))
             back = data.draw(st.integers(1, 6))
@@ -250,7 +250,7 @@ def test_random_requests(desk_of_small: Desk) -> None:
     node = desk_of_small.node
     full = {v: node.get(f"/model/full?version={v}", node.as_validator()).body for v, _ in SMALL}
     world = World(node.store, SMALL, full, known(node.validator))
-    world.tokens[node.validator_token] = node.validator.hotkey
+    world.tokens[node.validator_token] = node.validator.ss58_address
     bare = {}
     for version in node.get("/model", node.headers()).json["versions"]:
         for unit in version["units"]:

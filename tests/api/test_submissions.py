@@ -61,7 +61,7 @@ def test_an_accepted_submission_and_its_status(desk: Desk) -> None:
     nothing = dict.fromkeys(("reason", "baseline_loss", "loss", "score", "finished_at"))
     assert document == {
         "submission_id": submission_id,
-        "hotkey": key.hotkey,
+        "hotkey": key.ss58_address,
         "expert_group": 0,
         "block_number": NOW,
         "status": "queued",
@@ -325,7 +325,7 @@ def ordered(node: Node, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
 def test_each_earlier_failure_wins(ordered: tuple[Desk, dict[frozenset[str], Key]], state: str, place: Path) -> None:
     """Every set of faults of the request, in every state of the node: 384 requests."""
     desk, keys = ordered
-    registered = [key.hotkey for kind, key in keys.items() if "stranger" not in kind]
+    registered = [key.ss58_address for kind, key in keys.items() if "stranger" not in kind]
     if state != "chain":
         desk.go_to({"": NOW + 1, "phase": NOW - 20}[state], miners=registered)
         check_every_order(desk, keys, state)
@@ -390,13 +390,13 @@ def test_a_bound_token_submits_for_its_own_hotkey_alone(desk: Desk) -> None:
     bound = desk.node.as_validator()
     assert code(desk.submit(signed(new_key(), NOW), bound)) == (403, "hotkey_mismatch")
     own = signed(desk.node.validator, NOW)
-    assert code(desk.submit(own, {**bound, "X-Hotkey": new_key().hotkey})) == (403, "hotkey_mismatch")
-    assert desk.submit(own, {**bound, "X-Hotkey": desk.node.validator.hotkey}).status == 202
+    assert code(desk.submit(own, {**bound, "X-Hotkey": new_key().ss58_address})) == (403, "hotkey_mismatch")
+    assert desk.submit(own, {**bound, "X-Hotkey": desk.node.validator.ss58_address}).status == 202
 
 
 def test_a_claim_need_not_be_the_submissions_hotkey(desk: Desk) -> None:
     """The contract names the bound hotkey; X-Hotkey is a claim. It must be a hotkey all the same."""
-    assert desk.submit(signed(new_key(), NOW), {**BEARER, "X-Hotkey": new_key().hotkey}).status == 202
+    assert desk.submit(signed(new_key(), NOW), {**BEARER, "X-Hotkey": new_key().ss58_address}).status == 202
     wrong = desk.submit(signed(new_key(), NOW), {**BEARER, "X-Hotkey": "nobody"})
     assert code(wrong) == (400, "invalid_hotkey")
 
@@ -445,7 +445,7 @@ def test_registered_miners(place: Path) -> None:
     known, unknown = new_key(), new_key()
     with running_node(place, "--ledger", str(place / "ledger.sqlite")) as node:
         desk = Desk(node)
-        desk.go_to(NOW, miners=[known.hotkey])
+        desk.go_to(NOW, miners=[known.ss58_address])
         assert code(desk.submit(signed(unknown, NOW))) == (403, "hotkey_not_registered")
         assert desk.submit(signed(known, NOW)).status == 202
         desk.go_to(NOW + 1, miners=[])
@@ -503,9 +503,9 @@ def test_scores(place: Path) -> None:
         ledger.advance(jobs[ids[1]], "rejected", reason="not_a_checkpoint")
         ledger.close()
         rows: list[dict[str, Any]] = [
-            {"hotkey": key.hotkey, "expert_group": 2, "submission_id": ids[0], "status": "scored", "reason": None}
+            {"hotkey": key.ss58_address, "expert_group": 2, "submission_id": ids[0], "status": "scored", "reason": None}
             | {"score": 0.25},
-            {"hotkey": other.hotkey, "expert_group": 0, "submission_id": ids[1], "status": "rejected"}
+            {"hotkey": other.ss58_address, "expert_group": 0, "submission_id": ids[1], "status": "rejected"}
             | {"reason": "not_a_checkpoint", "score": 0.0},
         ]
         wanted = {"round": 12520, "model_version": "step_1000", "results": rows}

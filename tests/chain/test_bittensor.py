@@ -17,7 +17,7 @@ from bzstream.config import ChainSettings
 from tests.chain.node import FakeNode, hash_of
 from tests.submissions.values import in_loop
 
-ALICE, BOB, CAROL = (Key.from_seed(letter * 32).hotkey for letter in (b"a", b"b", b"c"))
+ALICE, BOB, CAROL = (Key.from_seed(letter * 32).ss58_address for letter in (b"a", b"b", b"c"))
 
 
 @pytest.fixture(autouse=True)

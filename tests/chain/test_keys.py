@@ -163,12 +163,12 @@ def test_a_signature_is_good_for_its_key_message_and_scheme(scheme: Scheme) -> N
     key = Key.from_seed(SEED, scheme)
     other: Scheme = "sr25519" if scheme == "ed25519" else "ed25519"
     signature = key.sign(b"message")
-    assert verify(key.hotkey, b"message", signature)
-    assert verify(key.hotkey, b"message", signature, (scheme,))
-    assert not verify(key.hotkey, b"message", signature, (other,))
-    assert not verify(key.hotkey, b"message", signature, ())
-    assert not verify(key.hotkey, b"massage", signature)
-    assert not verify(Key.from_seed(SEED[::-1], scheme).hotkey, b"message", signature)
+    assert verify(key.ss58_address, b"message", signature)
+    assert verify(key.ss58_address, b"message", signature, (scheme,))
+    assert not verify(key.ss58_address, b"message", signature, (other,))
+    assert not verify(key.ss58_address, b"message", signature, ())
+    assert not verify(key.ss58_address, b"massage", signature)
+    assert not verify(Key.from_seed(SEED[::-1], scheme).ss58_address, b"message", signature)
     assert not verify("5F", b"message", signature)
 
 
@@ -177,7 +177,7 @@ def test_every_flipped_bit_is_refused(scheme: Scheme) -> None:
     key = Key.from_seed(SEED, scheme)
     signature = int.from_bytes(key.sign(b"message"), "big")
     for bit in range(512):
-        assert not verify(key.hotkey, b"message", (signature ^ (1 << bit)).to_bytes(64, "big")), bit
+        assert not verify(key.ss58_address, b"message", (signature ^ (1 << bit)).to_bytes(64, "big")), bit
 
 
 @pytest.mark.parametrize("scheme", ["ed25519", "sr25519"])
@@ -191,14 +191,14 @@ def test_s_plus_the_order_of_the_group_is_refused(scheme: Scheme) -> None:
         if shifted[32]:
             break
         malleable = signature[:32] + shifted[:31] + bytes([shifted[31] | marker])
-        assert not verify(key.hotkey, b"message", malleable)
+        assert not verify(key.ss58_address, b"message", malleable)
 
 
 @pytest.mark.parametrize("length", [0, 1, 63, 65, 128])
 def test_other_lengths_are_refused(length: int) -> None:
     for scheme in ("ed25519", "sr25519"):
         key = Key.from_seed(SEED, scheme)
-        assert not verify(key.hotkey, b"m", (key.sign(b"m") * 2)[:length])
+        assert not verify(key.ss58_address, b"m", (key.sign(b"m") * 2)[:length])
 
 
 @pytest.mark.parametrize("point", SMALL_ORDER)
@@ -224,9 +224,9 @@ def test_the_all_zero_sr25519_key_signs_nothing() -> None:
 @pytest.mark.parametrize("scheme", ["ed25519", "sr25519"])
 def test_a_signature_over_the_wrapped_message_is_refused(scheme: Scheme) -> None:
     key = Key.from_seed(SEED, scheme)
-    assert not verify(key.hotkey, b"m", key.sign(b"<Bytes>m</Bytes>"))
-    assert not verify(key.hotkey, b"<Bytes>m</Bytes>", key.sign(b"m"))
-    assert verify(key.hotkey, b"<Bytes>m</Bytes>", key.sign(b"<Bytes>m</Bytes>"))
+    assert not verify(key.ss58_address, b"m", key.sign(b"<Bytes>m</Bytes>"))
+    assert not verify(key.ss58_address, b"<Bytes>m</Bytes>", key.sign(b"m"))
+    assert verify(key.ss58_address, b"<Bytes>m</Bytes>", key.sign(b"<Bytes>m</Bytes>"))
 
 
 @given(st.binary(min_size=32, max_size=32), st.binary(max_size=200), st.binary(min_size=64, max_size=64))
@@ -265,10 +265,10 @@ def test_a_seed_file_is_an_ed25519_key(tmp_path: Path, end: str) -> None:
     (tmp_path / "seed").write_text(SEED.hex() + end)
     key = load_key(str(tmp_path / "seed"))
     assert key.scheme == "ed25519"
-    assert decode_hotkey(key.hotkey) == nacl.signing.SigningKey(SEED).verify_key.encode()
+    assert decode_hotkey(key.ss58_address) == nacl.signing.SigningKey(SEED).verify_key.encode()
     assert key.sign(b"m") == nacl.signing.SigningKey(SEED).sign(b"m").signature
     fields = {"b": 1, "a": "x"}
-    assert verify(key.hotkey, b'{"a":"x","b":1}', decode_signature(key.sign_fields(fields)))
+    assert verify(key.ss58_address, b'{"a":"x","b":1}', decode_signature(key.sign_fields(fields)))
     assert SEED.hex() not in repr(key)
 
 
@@ -301,8 +301,8 @@ def test_a_wallet_is_found_by_name_and_by_path(home: Path, scheme: Scheme) -> No
     expected = Key.from_seed(SEED, scheme)
     for text in ("miner", "miner/default", "miner/second", str(file), f"~/{file.relative_to(home)}"):
         key = load_key(text)
-        assert (key.hotkey, key.scheme) == (expected.hotkey, scheme)
-        assert verify(key.hotkey, b"m", key.sign(b"m"), (scheme,))
+        assert (key.ss58_address, key.scheme) == (expected.ss58_address, scheme)
+        assert verify(key.ss58_address, b"m", key.sign(b"m"), (scheme,))
 
 
 def test_an_encrypted_hotkey_opens_with_its_password(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,11 +315,11 @@ def test_an_encrypted_hotkey_opens_with_its_password(home: Path, monkeypatch: py
     monkeypatch.delenv("BT_WALLET_PASSWORD")
     (home / "password").write_text("open sesame\n")
     monkeypatch.setenv("BT_WALLET_PASSWORD_FILE", str(home / "password"))
-    assert load_key(str(file)).hotkey == Key.from_seed(SEED, "sr25519").hotkey
+    assert load_key(str(file)).ss58_address == Key.from_seed(SEED, "sr25519").ss58_address
 
 
 def test_the_public_half_is_refused(home: Path) -> None:
-    (home / "pub.txt").write_text(json.dumps({"ss58Address": Key.from_seed(SEED).hotkey}))
+    (home / "pub.txt").write_text(json.dumps({"ss58Address": Key.from_seed(SEED).ss58_address}))
     with pytest.raises(KeyUnavailable, match="public half"):
         load_key("pub.txt")
 
@@ -342,6 +342,6 @@ def test_a_random_key_signs_for_both_schemes() -> None:
     for scheme in ("ed25519", "sr25519"):
         key = Key.from_seed(secrets.token_bytes(32), scheme)
         assert verify(key.ss58_address, b"m", key.sign(b"m"))
-        assert decode_hotkey(key.hotkey) == key.public_key
+        assert decode_hotkey(key.ss58_address) == key.public_key
     with pytest.raises(KeyUnavailable):
         Key.from_seed(b"short")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from bzstream.chain.keys import Key, Scheme
 from bzstream.chain.proofs import InvalidProof, NonceCache, carries_proof, sign_request, verify_request
 
-NODE = Key.from_seed(b"n" * 32, "sr25519").hotkey
+NODE = Key.from_seed(b"n" * 32, "sr25519").ss58_address
 NOW = 1_700_000_000.0
 NONCE = int(NOW * 1e9)
 TARGET = "/model/partial?format=safetensors"
@@ -35,7 +35,7 @@ def sdk_headers(scheme: Scheme, **changes: object) -> dict[str, str]:
 
 @pytest.mark.parametrize("scheme", ["sr25519", "ed25519"])
 def test_a_request_signed_by_the_sdk_is_accepted(scheme: Scheme) -> None:
-    assert check(sdk_headers(scheme)) == Key.from_seed(b"m" * 32, scheme).hotkey
+    assert check(sdk_headers(scheme)) == Key.from_seed(b"m" * 32, scheme).ss58_address
 
 
 @pytest.mark.parametrize("scheme", ["sr25519", "ed25519"])
@@ -45,8 +45,8 @@ def test_the_sdk_accepts_ours(scheme: Scheme) -> None:
     key = Key.from_seed(b"m" * 32, scheme)
     headers = sign_request(key, "get", TARGET, NODE, nonce=NONCE)
     caller = http_auth.verify(headers, b"", method="GET", path=TARGET, self_hotkey_ss58=NODE, now_ns=NONCE)
-    assert caller.hotkey_ss58 == key.hotkey
-    assert check(headers) == key.hotkey
+    assert caller.hotkey_ss58 == key.ss58_address
+    assert check(headers) == key.ss58_address
 
 
 def test_ed25519_headers_are_the_sdks_own() -> None:
@@ -76,7 +76,7 @@ def test_a_failed_proof_uses_no_nonce_up() -> None:
         {"target": "/model/partial"},
         {"method": "HEAD"},
         {"method": "DELETE"},
-        {"receiver": Key.from_seed(b"o" * 32).hotkey},
+        {"receiver": Key.from_seed(b"o" * 32).ss58_address},
         {"body": b"{}"},
         {"now": NOW + 10.1},
         {"now": NOW - 2.1},

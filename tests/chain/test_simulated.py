@@ -14,7 +14,7 @@ from bzstream.chain.clock import Cycle
 from bzstream.chain.keys import Key
 from bzstream.chain.simulated import InvalidChainFile, SimulatedChain, block_hash, parse_chain_file
 
-ALICE, BOB = Key.from_seed(b"a" * 32).hotkey, Key.from_seed(b"b" * 32).hotkey
+ALICE, BOB = Key.from_seed(b"a" * 32).ss58_address, Key.from_seed(b"b" * 32).ss58_address
 
 
 def test_the_contracts_example() -> None:

@@ -319,8 +319,8 @@ def ed25519_signer(key: Any) -> Callable[[dict[str, Any]], tuple[str, str]]:
     """A `Node.sign` for a bzstream key: the canonical JSON written here by hand, not by the code under test."""
 
     def sign(fields: dict[str, Any]) -> tuple[str, str]:
-        named = {**fields, "validator_hotkey": key.hotkey}
+        named = {**fields, "validator_hotkey": key.ss58_address}
         message = json.dumps(named, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-        return key.hotkey, base64.urlsafe_b64encode(key.sign(message)).decode()
+        return key.ss58_address, base64.urlsafe_b64encode(key.sign(message)).decode()
 
     return sign

@@ -419,14 +419,14 @@ def test_the_manifest_must_be_signed_by_the_validator_named(
 ) -> None:
     key, other = Key.from_seed(b"\1" * 32), Key.from_seed(b"\2" * 32)
     with pytest.raises(BadSignature, match="not signed"):
-        pull_quickly(validator_hotkey=key.hotkey)
+        pull_quickly(validator_hotkey=key.ss58_address)
     node.sign = ed25519_signer(other)
     with pytest.raises(BadSignature, match="signed by"):
-        pull_quickly(validator_hotkey=key.hotkey)
+        pull_quickly(validator_hotkey=key.ss58_address)
     node.sign = ed25519_signer(key)
-    report = pull_quickly(validator_hotkey=key.hotkey)
-    assert report.units[0].signed_by == key.hotkey
-    node.sign = lambda fields: (key.hotkey, ed25519_signer(other)(fields)[1])
+    report = pull_quickly(validator_hotkey=key.ss58_address)
+    assert report.units[0].signed_by == key.ss58_address
+    node.sign = lambda fields: (key.ss58_address, ed25519_signer(other)(fields)[1])
     with pytest.raises(BadSignature, match="not by"):
         pull_quickly()
 
@@ -439,14 +439,14 @@ def test_every_request_carries_a_fresh_proof(node: Node, payload: bytes, tmp_pat
     miner, validator = Key.from_seed(b"\3" * 32), Key.from_seed(b"\4" * 32)
     node.lie, node.lies_left = "reset", 2
     node.sign = ed25519_signer(validator)
-    pull_quickly(hotkey=None, key=miner, validator_hotkey=validator.hotkey, connections=3)
+    pull_quickly(hotkey=None, key=miner, validator_hotkey=validator.ss58_address, connections=3)
     nonces = NonceCache()
     assert len(node.seen) > 4
     for seen in node.seen:
         headers = seen.headers
-        proven = verify_request(partial(header, headers), "GET", seen.target, validator.hotkey, nonces)
-        assert proven == miner.hotkey
-        assert headers["x-hotkey"] == miner.hotkey
+        proven = verify_request(partial(header, headers), "GET", seen.target, validator.ss58_address, nonces)
+        assert proven == miner.ss58_address
+        assert headers["x-hotkey"] == miner.ss58_address
 
 
 def test_without_the_validators_hotkey_the_node_says_for_whom_proofs_are(
@@ -459,7 +459,7 @@ def test_without_the_validators_hotkey_the_node_says_for_whom_proofs_are(
     node.sign = ed25519_signer(validator)
     said: list[str] = []
     pull_quickly(hotkey=None, key=miner, notify=said.append)
-    assert validator.hotkey in said[0]
+    assert validator.ss58_address in said[0]
     assert all("x-bittensor-signature" in seen.headers for seen in node.data_requests())
 
 

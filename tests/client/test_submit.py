@@ -64,7 +64,7 @@ def test_the_body_is_what_the_contract_says(node: Node) -> None:
         "block_number": 12530,
         "checkpoint_url": URL,
         "expert_group": 0,
-        "hotkey": Key.from_seed(SEED).hotkey,
+        "hotkey": Key.from_seed(SEED).ss58_address,
     }
     assert (report.submission_id, report.evaluation_eta_blocks, report.already) == (ID, 5, False)
 

@@ -122,7 +122,7 @@ def tree(folder: Path) -> dict[str, bytes | str]:
 class Signer:
     """Signs nothing, and remembers what it was asked to."""
 
-    hotkey = "5Hotkey"
+    ss58_address = "5Hotkey"
 
     def __init__(self) -> None:
         self.signed: list[dict[str, object]] = []

@@ -24,7 +24,7 @@ SEED = b"s" * 32
 KEY = Key.from_seed(SEED)
 RULES = SubmitSettings()
 FIELDS: dict[str, object] = {
-    "hotkey": KEY.hotkey,
+    "hotkey": KEY.ss58_address,
     "expert_group": 0,
     "checkpoint_url": "https://miner.example/checkpoint_500_12345.pt",
     "block_number": 12530,
@@ -51,7 +51,7 @@ def refused(raw: bytes, rules: SubmitSettings = RULES) -> Refused:
 
 def test_a_good_body_is_read() -> None:
     submission = read_body(body(), RULES)
-    assert (submission.hotkey, submission.expert_group, submission.block_number) == (KEY.hotkey, 0, 12530)
+    assert (submission.hotkey, submission.expert_group, submission.block_number) == (KEY.ss58_address, 0, 12530)
     assert submission.signed == canonical_json(FIELDS)
     assert submission.checkpoint_hash is None
 
@@ -65,7 +65,7 @@ def test_spelling_of_the_json_and_unknown_fields_do_not_matter() -> None:
 def test_signatures_of_pynacl_and_of_the_sdks_keypairs_are_accepted() -> None:
     by_pynacl = encode_signature(nacl.signing.SigningKey(SEED).sign(canonical_json(FIELDS)).signature)
     for signature in (by_pynacl, by_pynacl.rstrip("=")):
-        assert read_body(json.dumps({**FIELDS, "signature": signature}).encode(), RULES).hotkey == KEY.hotkey
+        assert read_body(json.dumps({**FIELDS, "signature": signature}).encode(), RULES).hotkey == KEY.ss58_address
     pair = bittensor_core.Keypair.create_from_seed(SEED, bittensor_core.CRYPTO_SR25519)
     fields = {**FIELDS, "hotkey": pair.ss58_address}
     signature = encode_signature(bytes(pair.sign(canonical_json(fields))))
@@ -148,7 +148,7 @@ def test_ranges_end_where_the_contract_says() -> None:
 
 
 def test_a_hotkey_is_an_ss58_address_of_bittensor() -> None:
-    for wrong in ("", "5F", KEY.hotkey[:-1] + "1", bittensor_core.ss58_encode(KEY.public_key, 0)):
+    for wrong in ("", "5F", KEY.ss58_address[:-1] + "1", bittensor_core.ss58_encode(KEY.public_key, 0)):
         assert refused(body(hotkey=wrong)).code == "invalid_hotkey"
 
 
@@ -190,7 +190,7 @@ def test_no_json_breaks_the_reader(changes: dict[str, object]) -> None:
 
 SITUATION = Situation(
     groups={0, 1},
-    chain=ChainState(12540, 1000.0, miners=frozenset({KEY.hotkey})),
+    chain=ChainState(12540, 1000.0, miners=frozenset({KEY.ss58_address})),
     cycle=Cycle(),
     stale_s=60.0,
     now=1030.0,
@@ -213,7 +213,7 @@ def test_the_right_moment() -> None:
     assert (candidate.round, candidate.max_per_cycle) == (12520, 3)
     for block in (12180, 12539, 12540):
         decide(read_body(body(block_number=block), RULES), SITUATION, RULES)
-    decide(read_body(body(), RULES), replace(SITUATION, identities=(KEY.hotkey,)), RULES)
+    decide(read_body(body(), RULES), replace(SITUATION, identities=(KEY.ss58_address,)), RULES)
 
 
 def test_each_refusal_comes_in_the_contracts_order() -> None:

@@ -11,7 +11,7 @@ from bzstream.chain.keys import Key, canonical_json
 from bzstream.submissions.records import Accepted, Candidate, Outcome, Submission
 
 ROUND = 12520
-HOTKEYS = [Key.from_seed(bytes([number]) * 32).hotkey for number in range(16)]
+HOTKEYS = [Key.from_seed(bytes([number]) * 32).ss58_address for number in range(16)]
 
 
 def candidate(
