@@ -27,7 +27,7 @@ class FileApplication:
         self._file = Representation(payload, '"bench"', 1_700_000_000, label="file")
         self._router = Router()
         self._router.add("GET", "/file", Endpoint(self._send))
-        self._router.add("GET", "/health", Endpoint(self._health, always=True))
+        self._router.add("GET", "/health", Endpoint(self._health, limited=False))
 
     def admit(self, request: Request) -> Endpoint:
         if (miner := request.headers.get("x-miner")) is not None:

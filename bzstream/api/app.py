@@ -8,7 +8,7 @@ from bzstream.api.downloads import Downloads
 from bzstream.api.health import Healthy
 from bzstream.api.identity import authenticate
 from bzstream.api.openapi import document
-from bzstream.api.operations import OPERATIONS, Handler
+from bzstream.api.operations import OPERATIONS
 from bzstream.api.submissions import Submissions
 from bzstream.api.view import View
 from bzstream.http import Endpoint, Request, Response, Router
@@ -23,27 +23,16 @@ class Api:
         self._view = view
         self._openapi = Response.json(document(version("bzstream")))
         downloads, submissions = Downloads(view), Submissions(view)
-        handlers: dict[str, Handler] = {
-            "partial": downloads.partial,
-            "shared": downloads.shared,
-            "full": downloads.full,
-            "partial_manifest": downloads.partial_manifest,
-            "shared_manifest": downloads.shared_manifest,
-            "full_manifest": downloads.full_manifest,
-            "index": downloads.index,
-            "submit": submissions.submit,
-            "submission": submissions.status,
-            "scores": submissions.scores,
-            "health": Healthy(view).health,
-            "openapi": lambda _: self._openapi,
+        endpoints = {
+            **downloads.endpoints(),
+            **submissions.endpoints(),
+            "health": Endpoint(Healthy(view).health, limited=False),
+            "openapi": Endpoint(lambda _: self._openapi),
         }
         self._public = frozenset(operation.path for operation in OPERATIONS if operation.public)
         self._router = Router()
         for operation in OPERATIONS:
-            endpoint = Endpoint(
-                handlers[operation.name], reads_body=operation.body is not None, always=operation.always
-            )
-            self._router.add(operation.method, operation.path, endpoint)
+            self._router.add(operation.method, operation.path, endpoints[operation.name])
 
     def admit(self, request: Request) -> Endpoint:
         """401 first, for unknown paths too; then 404 and 405. Raises HttpError."""

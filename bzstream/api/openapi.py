@@ -104,7 +104,7 @@ def _errors(operation: Operation, *, head: bool) -> dict[int, type]:
     statuses = [*_FRAMING]
     if not operation.public:
         statuses += _IDENTITY
-    if not operation.always:
+    if operation.limited:
         statuses += _LOAD
     if operation.ranges:
         statuses += [412] if head else [412, 416]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,11 +17,8 @@ from bzstream.api.documents import (
     SubmissionBody,
     SubmissionStatus,
 )
-from bzstream.http import Request, Result
 
-__all__ = ["OPERATIONS", "Handler", "Operation", "Parameter"]
-
-Handler = Callable[[Request], Result | Awaitable[Result]]
+__all__ = ["OPERATIONS", "Operation", "Parameter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +34,7 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One endpoint. `name` is the handler's name in the table that `app.py` fills."""
+    """One endpoint. `name` is the key of its `Endpoint` in the table that `app.py` fills."""
 
     name: str
     method: Literal["GET", "POST"]
@@ -51,8 +48,8 @@ class Operation:
     body: type | None = None
     public: bool = False
     """Needs no token."""
-    always: bool = False
-    """Answered even when the worker is full, draining or the caller has too many connections."""
+    limited: bool = True
+    """False: answered even when the worker is full, draining or the caller has too many connections."""
     ranges: bool = False
     """Honours conditions and ranges: answers 206, 304, 412 and 416 too."""
     response_headers: tuple[str, ...] = ()
@@ -190,6 +187,6 @@ OPERATIONS: tuple[Operation, ...] = (
             _CLAIM,
         ),
     ),
-    Operation("health", "GET", "/health", "Whether the node is well", {200: Health}, public=True, always=True),
+    Operation("health", "GET", "/health", "Whether the node is well", {200: Health}, public=True, limited=False),
     Operation("openapi", "GET", "/openapi.json", "This document", {200: "application/json"}, public=True),
 )

@@ -11,7 +11,7 @@ from bzstream.api import documents
 from bzstream.api.documents import DuplicateBody, ScoreRow, Scores, SubmissionStatus
 from bzstream.api.identity import authorise, claimed_hotkey
 from bzstream.api.view import RETRY_SOON, View
-from bzstream.http import HttpError, Request, Response
+from bzstream.http import Endpoint, HttpError, Request, Response
 from bzstream.submissions.intake import Refused, Situation, decide, read_body, refusal_of
 from bzstream.submissions.ledger import AsyncLedger, LedgerUnavailable
 from bzstream.submissions.records import Accepted, Duplicate, Record
@@ -23,7 +23,7 @@ _NO_STORE = (("Cache-Control", "no-store"),)
 
 
 class Submissions:
-    """The handlers, over one worker's view."""
+    """The endpoints over one worker's view."""
 
     def __init__(self, view: View) -> None:
         self._view = view
@@ -31,10 +31,35 @@ class Submissions:
         """One body a turn of the event loop, whoever else wants something in between: a signature costs 0.1 to 0.2 ms,
         and 64 bad ones that come together made /health wait 50 ms."""
 
-    async def submit(self, request: Request) -> Response:
+    def endpoints(self) -> dict[str, Endpoint]:
+        """The endpoints by their operation's name."""
+        return {
+            "submit": Endpoint(self._submit, self._check_submit, reads_body=True),
+            "submission": Endpoint(self._status, self._check_status),
+            "scores": Endpoint(self._scores, self._check_scores),
+        }
+
+    def _check_submit(self, request: Request) -> Request:
+        """400 for a malformed X-Hotkey; as a mere claim it need not be the submission's. 403 comes after the body's."""
+        claimed_hotkey(request)
+        return request
+
+    def _check_status(self, request: Request) -> str:
+        """The submission that is asked for."""
+        authorise(request, self._view.settings.auth, loopback=self._view.loopback)
+        return request.params["submission_id"]
+
+    def _check_scores(self, request: Request) -> int | None:
+        """The round that is asked for; None: the latest with results."""
+        text = request.query.get("round")
+        if text is not None and not _ROUND.fullmatch(text):
+            raise HttpError(400, "invalid_round", "round is a whole number: the first block of a submit phase")
+        authorise(request, self._view.settings.auth, loopback=self._view.loopback)
+        return None if text is None else int(text)
+
+    async def _submit(self, request: Request) -> Response:
         """202 once the submission is durable; the order of refusals is the contract's own for this endpoint."""
         view = self._view
-        claimed_hotkey(request)  # 400 when it is malformed; as a mere claim it need not be the submission's hotkey
         bound: str | None = request.context.bound
         snapshot = view.library.current
         situation = Situation(
@@ -68,27 +93,22 @@ class Submissions:
         eta = outcome.eta_blocks(blocks_to_seed=view.cycle.blocks_to_seed(block), block_s=view.settings.chain.block_s)
         return Response.json(documents.Accepted("accepted", outcome.submission_id, eta), status=202, headers=_NO_STORE)
 
-    async def status(self, request: Request) -> Response:
+    async def _status(self, submission_id: str) -> Response:
         """One submission's state; never its URL."""
-        authorise(request, self._view.settings.auth, loopback=self._view.loopback)
         ledger = self._ledger()
         try:
-            record = await ledger.find(request.params["submission_id"])
+            record = await ledger.find(submission_id)
         except LedgerUnavailable:
             raise _unavailable() from None
         if record is None:
             raise HttpError(404, "unknown_submission", "there is no submission with this id")
-        return Response.json(_status(record), headers=_NO_STORE)
+        return Response.json(_describe(record), headers=_NO_STORE)
 
-    async def scores(self, request: Request) -> Response:
+    async def _scores(self, round_: int | None) -> Response:
         """The results of one round."""
-        text = request.query.get("round")
-        if text is not None and not _ROUND.fullmatch(text):
-            raise HttpError(400, "invalid_round", "round is a whole number: the first block of a submit phase")
-        authorise(request, self._view.settings.auth, loopback=self._view.loopback)
         ledger = self._ledger()
         try:
-            found = await ledger.scores(None if text is None else int(text))
+            found = await ledger.scores(round_)
         except LedgerUnavailable:
             raise _unavailable() from None
         if found is None:
@@ -113,7 +133,7 @@ def _unavailable() -> HttpError:
     return HttpError(503, "ledger_unavailable", "submissions cannot be read or written now; try again", RETRY_SOON)
 
 
-def _status(record: Record) -> SubmissionStatus:
+def _describe(record: Record) -> SubmissionStatus:
     return SubmissionStatus(
         submission_id=record.submission_id,
         hotkey=record.hotkey,

@@ -1,7 +1,8 @@
 """HTTP/1.1 on raw sockets: h11 state machine, router, ranges, zero-copy send. Knows nothing of models or chains.
 
-An application hands the `Server` an object with `admit` (the head is judged) that returns an `Endpoint` (whose
-`handle` makes a `Response` or a `Representation`); `Router` finds endpoints by path. May import: `payload`, `config`,
+An application hands the `Server` an object with `admit` (401, 404, 405 from the head) that returns an `Endpoint`: its
+`check` refuses before the limits, its `handle` makes a `Response` or a `Representation` after them. `Router` finds
+endpoints by path. May import: `payload`, `config`,
 `errors`.
 """
 

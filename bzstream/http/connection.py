@@ -41,8 +41,6 @@ __all__ = ["Connection", "Phase"]
 _RECEIVE = 16 * 1024
 """Bytes of one recv. Whatever is pipelined beyond the current request waits in the kernel, but for this much."""
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
-_BEFORE_REFUSAL = frozenset({400, 403})
-"""What an application refuses with before 429 and 503 in the order of checks."""
 _CLIENT_CLOSED = 499
 _LOOKS = 8
 """How often in a stall time-out a reader is looked at. What the kernel's buffers swallow counts as taken once."""
@@ -69,8 +67,8 @@ class Connection:
     """A client's connection to the server that it was accepted by."""
 
     __slots__ = (
-        "_address", "_answer", "_bodiless", "_body", "_complete", "_ending", "_endpoint", "_eof", "_head", "_inbox",
-        "_last", "_lead_body", "_lingered", "_link", "_loopback", "_moved", "_readable", "_refusal", "_request",
+        "_address", "_answer", "_bodiless", "_body", "_checked", "_complete", "_ending", "_endpoint", "_eof", "_head",
+        "_inbox", "_last", "_lead_body", "_lingered", "_link", "_loopback", "_moved", "_readable", "_request",
         "_scanned", "_server", "_started", "_taken", "_task", "_transfer", "deadline", "fd", "phase", "seat", "slot",
         "surplus",
     )  # fmt: skip
@@ -111,7 +109,8 @@ class Connection:
         self._complete = False
         self._bodiless: bool | None = None
         self._endpoint: Endpoint | None = None
-        self._refusal: HttpError | None = None
+        self._checked: object = None
+        """What the endpoint's `check` returned, for its `handle`."""
         self._body: BodyReader | None = None
         self._task: asyncio.Task[None] | None = None
         self._answer: Answer | None = None
@@ -244,7 +243,7 @@ class Connection:
             self.close()
 
     def _begin(self, head: bytes) -> None:
-        """A head is complete: judge it, and go on to the body or the answer."""
+        """A head is complete: make every check that needs nothing else, and go on to the body or the answer."""
         server = self._server
         settings = server.settings
         self._bodiless = head.startswith(b"HEAD ")
@@ -252,13 +251,13 @@ class Connection:
         self._complete = not understood.has_body
         request = translate(understood, self._address, self._link.secure, self._loopback, server.proxies)
         self._request = request
-        self._endpoint = server.application.admit(request)
+        self._endpoint = endpoint = server.application.admit(request)
         if not self._complete:
             check_body_head(understood, settings.max_body)
-        refusal = None if self._endpoint.always else server.refusal(self, request.caller)
-        if refusal is not None and request.method not in _SAFE:
+        self._checked = endpoint.check(request)
+        if endpoint.limited and (refusal := server.refusal(self, request.caller)) is not None:
+            self._last = True  # the connection has no place here
             raise refusal
-        self._refusal = refusal
         if self._complete:
             self._handle()
             return
@@ -297,7 +296,7 @@ class Connection:
         assert self._endpoint is not None
         assert self._request is not None
         self.phase, self.deadline = HANDLING, inf
-        result = self._endpoint.handle(self._request)
+        result = self._endpoint.handle(self._checked)
         if isinstance(result, Response | Representation):
             self._respond(result)
             return
@@ -327,9 +326,6 @@ class Connection:
         """Turn what became of a request into an answer and begin to send it. Does nothing when one was begun."""
         if self.phase not in (HEAD, BODY, HANDLING):
             return
-        refused_before = isinstance(result, HttpError) and result.status in _BEFORE_REFUSAL
-        if self._refusal is not None and self.phase is HANDLING and not refused_before:
-            result = self._refusal
         self.phase, self.deadline = SENDING, inf
         try:
             try:
@@ -354,7 +350,7 @@ class Connection:
         # Input that was not understood, or not read to its request's end, would be taken for the next request.
         self._complete = self._complete and request is not None
         persistent = self._head is not None and self._head.persistent
-        self._last = not (self._complete and persistent) or server.draining or self._refusal is not None
+        self._last = self._last or not (self._complete and persistent) or server.draining
         if self._last:
             fields.append(("Connection", "close"))
         if self._bodiless is None:

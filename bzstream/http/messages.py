@@ -4,7 +4,8 @@ An application answers with one of two things. A `Response` is a finished answer
 `Representation` is *what* is to be had, and leaves the *how much* to the core: conditions, ranges, HEAD and the choice
 between 200, 206, 304, 412 and 416 are computed here (`selection.py`), once, for every endpoint alike.
 
-Everything an application refuses, it refuses by raising `HttpError`.
+Everything an application refuses, it refuses by raising `HttpError`, from `Application.admit` or from one of the two
+halves of an `Endpoint`.
 """
 
 from __future__ import annotations
@@ -105,13 +106,13 @@ class Request:
     secure: bool = False
     """Whether the client spoke TLS, to us or to a trusted proxy that says so."""
     body: bytes = b""
-    """Complete before `handle` is called; empty during `admit`."""
+    """Complete before `handle` is called; empty during `admit` and `check`."""
     params: Mapping[str, str] = field(default_factory=dict)
     """Percent-decoded `{names}` of the route's pattern."""
     route: str = ""
     """The pattern that matched, for logs and metrics; empty until a router matched."""
     context: Any = None
-    """Whatever the application wants to hand from `admit` to `handle`."""
+    """Whatever the application wants to hand from `admit` to the endpoint."""
     _query: dict[str, str] | None = None
 
     @property
@@ -170,21 +171,32 @@ class Representation:
 Result = Response | Representation
 
 
+def _unchecked(request: Request) -> Request:
+    """The check of an endpoint that refuses nothing before the limits."""
+    return request
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """What answers a route.
+    """What answers a route, in two halves; the core applies its limits (429, 503) between them.
 
-    `handle` may be plain, for answers from memory (it runs on the event loop and must not block), or a coroutine
-    function. A coroutine that answers GET or HEAD is cancelled when its client goes away. One that answers any other
-    method is *never* cancelled: what it began, such as writing a submission to disk, it ends, and only the answer is
-    dropped; a server that closes waits for it.
+    `check` sees the head alone. It makes the cheap checks that come before the limits in the order of checks (400 for
+    headers and query, 403), and returns whatever `handle` needs. It runs on the event loop and must not block.
+
+    `handle` gets what `check` returned; without a `check`, the request. It runs only when the limits let the request
+    through and its body is complete. It may be plain, for responses from memory (it runs on the event loop and must not
+    block), or a coroutine function. A coroutine for GET or HEAD is cancelled when its client goes away. One for any
+    other method is *never* cancelled: what it began, such as writing a submission to disk, it ends, and only the
+    response is dropped; a server that closes waits for it.
     """
 
-    handle: Callable[[Request], Result | Awaitable[Result]]
+    handle: Callable[[Any], Result | Awaitable[Result]]
+    check: Callable[[Request], Any] = _unchecked
     reads_body: bool = False
     """False: a body is read within the limits and dropped, as RFC 9110 9.3.1 allows for a GET."""
-    always: bool = False
-    """Answered even when the worker is full or draining or the caller has too many connections (health checks)."""
+    limited: bool = True
+    """False: answered even when the worker is full or draining or the caller has too many connections (health
+    checks)."""
 
 
 PHRASES: Mapping[int, str] = {status.value: status.phrase for status in HTTPStatus}

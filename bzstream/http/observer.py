@@ -80,6 +80,7 @@ class Application(Protocol):
     def admit(self, request: Request) -> Endpoint:
         """Decide from the head alone, at once and without blocking: 401, 404 (unknown path), 405, in this order.
 
-        May set `request.caller` to a bound or proven hotkey. The core then answers 413, 417 and 100 for the body, 429
-        and 503, reads the body and calls the endpoint. Raises HttpError to refuse.
+        May set `request.caller` to a bound or proven hotkey. The core then goes on in this order: 413 and 417 for the
+        body's head, the endpoint's `check`, the limits (429, 503), 100 and the body, the endpoint's `handle`.
+        Raises HttpError to refuse.
         """

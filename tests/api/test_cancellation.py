@@ -182,7 +182,8 @@ async def handle(api: Api, body: bytes) -> int:
     """The status of the answer to a submission, the core left out."""
     sent = Headers([("authorization", f"Bearer {TOKEN}")])
     request = Request("POST", "/submit", "/submit", "", sent, "127.0.0.1", "127.0.0.1", body=body)
-    answer = api.admit(request).handle(request)
+    endpoint = api.admit(request)
+    answer = endpoint.handle(endpoint.check(request))
     assert isinstance(answer, Awaitable)
     try:
         result = await answer

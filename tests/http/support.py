@@ -74,11 +74,11 @@ class TinyApplication:
     def __post_init__(self) -> None:
         self.payload = Payload((ENVELOPE, Extent(self.file, 0, self.file.size)))
         router = self.router = Router()
-        router.add("GET", "/health", Endpoint(lambda _: Response.json({"status": "healthy"}), always=True))
+        router.add("GET", "/health", Endpoint(lambda _: Response.json({"status": "healthy"}), limited=False))
         router.add("GET", "/file", Endpoint(self._file))
         router.add("GET", "/empty", Endpoint(lambda _: self._representation(Payload(()))))
-        router.add("GET", "/forbidden", Endpoint(self._forbidden))
-        router.add("GET", "/items/{id}", Endpoint(lambda r: Response.json({**r.params, **r.query})))
+        router.add("GET", "/forbidden", Endpoint(lambda _: Response(204), self._forbidden))
+        router.add("GET", "/items/{id}", Endpoint(Response.json, lambda r: {**r.params, **r.query}))
         router.add("POST", "/echo", Endpoint(lambda r: Response(200, (), r.body), reads_body=True))
         router.add("GET", "/wait", Endpoint(self._wait))
         router.add("POST", "/wait", Endpoint(self._wait, reads_body=True))
@@ -108,7 +108,7 @@ class TinyApplication:
     def _file(self, request: Request) -> Result:
         return self._representation(self.payload)
 
-    def _forbidden(self, request: Request) -> Result:
+    def _forbidden(self, request: Request) -> None:
         raise HttpError(403, "forbidden", "Not for you.")
 
     async def _wait(self, request: Request) -> Result:

@@ -18,6 +18,7 @@ from tests.http.support import AUTH, Client, Running, no_descriptor_leak, wait_u
 Serve = Callable[..., Running]
 HEALTH = "GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 PEER = "GET /peer HTTP/1.1\r\nHost: x\r\n" + AUTH
+WAIT = "GET /wait HTTP/1.1\r\nHost: x\r\n" + AUTH + "\r\n"
 FILE = "GET /file HTTP/1.1\r\nHost: x\r\n" + AUTH + "\r\n"
 BODY = "POST /echo HTTP/1.1\r\nHost: x\r\n" + AUTH + "Content-Length: 5\r\n\r\n"
 
@@ -132,7 +133,7 @@ def test_connections_of_one_caller(serve: Serve) -> None:
         assert server.ask(PEER + "\r\n").status == 200
 
 
-def test_400_and_403_come_before_429_and_404_after(serve: Serve) -> None:
+def test_400_and_403_come_before_429_and_no_handler_runs_for_it(serve: Serve) -> None:
     server = serve(max_connections_per_caller=1)
     with server.connect() as first:
         first.send(PEER + "\r\n")
@@ -142,6 +143,9 @@ def test_400_and_403_come_before_429_and_404_after(serve: Serve) -> None:
         assert server.ask(BODY + "hello").status == 429, "what changes things is not begun"
         assert server.ask(PEER.replace("Bearer", "Basic") + "\r\n").status == 401
         assert server.ask(PEER.replace("/peer", "/unknown") + "\r\n").status == 404
+        assert server.ask(WAIT).status == server.ask(WAIT.replace("GET", "POST")).status == 429
+    assert server.observer.errors == [], "/bug did not run"
+    assert not server.application.started.is_set(), "nor did /wait"
 
 
 def test_a_full_worker(serve: Serve) -> None:
