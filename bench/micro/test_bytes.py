@@ -16,7 +16,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bzstream.http.links import PlainLink
 from bzstream.http.readahead import Residency
 from bzstream.http.sender import Transfer, TransferState
-from bzstream.model.digest import CHUNK, Chunks
+from bzstream.model.digest import CHUNK, ChunkHasher
 from bzstream.payload import Extent, Payload, UnitFile
 
 FILE = 64 << 20
@@ -100,7 +100,7 @@ def test_blake3_of_a_chunk(benchmark: BenchmarkFixture) -> None:
     data = memoryview(os.urandom(CHUNK))
 
     def digest() -> tuple[str, ...]:
-        chunks = Chunks()
+        chunks = ChunkHasher()
         chunks.update(data)
         return chunks.finish()
 

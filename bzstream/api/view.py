@@ -13,7 +13,7 @@ from bzstream.chain.clock import Cycle
 from bzstream.chain.proofs import NonceCache
 from bzstream.chain.state import ChainState
 from bzstream.config import Settings
-from bzstream.model import Library
+from bzstream.model import SnapshotCache
 from bzstream.submissions.ledger import AsyncLedger
 
 __all__ = ["RETRY_SOON", "View"]
@@ -27,7 +27,7 @@ class View:
     """Mutable, owned by the worker's event loop."""
 
     settings: Settings
-    library: Library
+    library: SnapshotCache
     tokens: TokensFile
     ledger: AsyncLedger | None
     """None until the ledger could be opened; only /submit, /submissions and /scores need it."""

@@ -22,7 +22,7 @@ from bzstream.api.view import View
 from bzstream.config import Settings
 from bzstream.errors import BzstreamError
 from bzstream.http import Server
-from bzstream.model import Library
+from bzstream.model import SnapshotCache
 from bzstream.submissions.ledger import AsyncLedger
 
 __all__ = ["run"]
@@ -39,7 +39,7 @@ async def run(
     """
     view = View(
         settings=settings,
-        library=Library(settings.store_path(), warn=lambda text: log.warning(text)),
+        library=SnapshotCache(settings.store_path(), warn=lambda text: log.warning(text)),
         tokens=open_tokens(settings.auth),
         ledger=None,
         loopback=ip_address(listener.getsockname()[0]).is_loopback,
@@ -88,7 +88,7 @@ async def _every(seconds: float, step: Callable[[], Awaitable[None]]) -> None:
 
 
 async def _refresh_library(view: View) -> None:
-    if view.library.take(await asyncio.to_thread(view.library.look)):
+    if view.library.apply(await asyncio.to_thread(view.library.scan)):
         current = view.library.current
         if current is not None:
             SNAPSHOT_BLOCK.set(current.block)

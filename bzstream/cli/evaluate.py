@@ -66,12 +66,12 @@ def _evaluate(
     from bzstream.evaluation.published import Published
     from bzstream.evaluation.role import spool_folder
     from bzstream.evaluation.sandbox import Reader
-    from bzstream.model import Library
+    from bzstream.model import SnapshotCache
 
     require_data(settings.evaluation.data)
     began = time.monotonic()
     place = settings.store_path()
-    library = Library(place)
+    library = SnapshotCache(place)
     library.refresh()
     snapshot = library.current if version is None else library.get(version)
     if snapshot is None:

@@ -12,7 +12,7 @@ import typer
 from bzstream.errors import BzstreamError
 
 if TYPE_CHECKING:
-    from bzstream.model.verify import FileReport, StoreReport
+    from bzstream.model.inspection import FileReport, StoreReport
 
 
 def inspect(
@@ -22,7 +22,7 @@ def inspect(
 ) -> None:
     """Show snapshots, units, sizes and hashes; with --verify read and hash everything again."""
     from bzstream.cli._progress import progress_bar
-    from bzstream.model.verify import inspect_file, inspect_store, verify_store
+    from bzstream.model.inspection import inspect_file, inspect_store, verify_store
 
     if path.is_dir():
         if verify:

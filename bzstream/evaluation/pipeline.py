@@ -38,7 +38,7 @@ from bzstream.evaluation.published import Part, Published
 from bzstream.evaluation.records import Records
 from bzstream.evaluation.threads import Worker, in_thread
 from bzstream.evaluation.work import Tools, Work
-from bzstream.model import Library
+from bzstream.model import SnapshotCache
 from bzstream.submissions.ledger import LeaseLost, Ledger, LedgerUnavailable
 from bzstream.submissions.records import Record
 from bzstream.submissions.states import FINAL, Status
@@ -66,7 +66,7 @@ class Pipeline:
         *,
         ledger: Ledger,
         records: Records,
-        library: Library,
+        library: SnapshotCache,
         tools: Tools,
         make_judge: Callable[[Published], Judge],
         name: str,

@@ -20,7 +20,7 @@ from bzstream.evaluation.records import Records
 from bzstream.evaluation.sandbox import Reader
 from bzstream.evaluation.spool import Spool
 from bzstream.evaluation.work import Tools
-from bzstream.model import Library
+from bzstream.model import SnapshotCache
 from bzstream.submissions.ledger import Ledger, LedgerError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ async def run(settings: Settings, store: Path, *, device: str | None, stop: asyn
     ledger = await asyncio.to_thread(partial(Ledger.open, settings.ledger_location()))
     try:
         records = await asyncio.to_thread(partial(Records, settings.ledger_location()))
-        library = Library(store, warn=partial(structlog.get_logger("evaluator").warning, "snapshot"))
+        library = SnapshotCache(store, warn=partial(structlog.get_logger("evaluator").warning, "snapshot"))
         reader = Reader(memory=evaluation.read_memory, timeout=evaluation.read_timeout_s)
         name = f"{socket.gethostname()}/{os.getpid()}"
         alive = asyncio.create_task(_show_life(ledger, name))

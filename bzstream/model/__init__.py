@@ -19,8 +19,8 @@ from bzstream.model.errors import (
     StoreFailed,
     VersionExists,
 )
-from bzstream.model.library import Library, Snapshot, Unit, open_snapshot
 from bzstream.model.record import ManifestSigner
+from bzstream.model.snapshot_cache import Snapshot, SnapshotCache, Unit, open_snapshot
 
 if TYPE_CHECKING:
     from bzstream.model.publishing import Publication, PublishedUnit, publish, publish_state_dict
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 __all__ = [
     "BadCheckpoint",
     "BadExpertMap",
-    "Library",
     "ManifestSigner",
     "ModelError",
     "Publication",
     "PublishedUnit",
     "Snapshot",
+    "SnapshotCache",
     "SourceChanged",
     "StoreBusy",
     "StoreDamaged",

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from blake3 import blake3
 
-__all__ = ["BLOCK", "CHUNK", "Chunks", "Digest", "digest_chunks", "digest_file"]
+__all__ = ["BLOCK", "CHUNK", "ChunkHasher", "Digest", "digest_chunks", "digest_file"]
 
 CHUNK = 8 * 1024 * 1024
 """Bytes of a manifest's chunk, fixed by the contract: what a client fetches again when it arrives damaged."""
@@ -26,7 +26,7 @@ class Digest(NamedTuple):
     chunks: tuple[str, ...]
 
 
-class Chunks:
+class ChunkHasher:
     """BLAKE3 of each CHUNK bytes of a stream."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Chunks:
 
 def digest_file(path: Path, *, seen: Callable[[int], None] | None = None) -> Digest:
     """Both hashes of a file, read once; `seen` is called with the bytes of each block. Raises OSError."""
-    sha, chunks = hashlib.sha256(), Chunks()
+    sha, chunks = hashlib.sha256(), ChunkHasher()
     buffer = memoryview(bytearray(BLOCK))
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
@@ -73,7 +73,7 @@ def digest_file(path: Path, *, seen: Callable[[int], None] | None = None) -> Dig
 
 def digest_chunks(fd: int, *, stop: Callable[[], bool] = lambda: False) -> tuple[str, ...]:
     """The chunk hashes of an open file, or fewer when `stop` says so. Raises OSError."""
-    chunks = Chunks()
+    chunks = ChunkHasher()
     buffer = memoryview(bytearray(BLOCK))
     offset = 0
     while not stop() and (count := os.preadv(fd, [buffer], offset)):

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bzstream.model.checkpoint import Place
-from bzstream.model.experts import ExpertMap
+from bzstream.model.expert_map import ExpertMap
 from bzstream.model.naming import Layer, TensorInfo
 from bzstream.tensorfile import Tensor, arrange, build_head
 
-__all__ = ["Extents", "Plan", "Run", "UnitPlan", "make_plan"]
+__all__ = ["CopyRun", "Extents", "Plan", "UnitPlan", "make_plan"]
 
 Extents = list[tuple[int, int, int]]
 """(unit index, offset in the unit's file, length): where the data of the full view lies, in order."""
@@ -53,7 +53,7 @@ class UnitPlan:
         return len(self.head) + (self.tensors[-1].end if self.tensors else 0)
 
 
-class Run(NamedTuple):
+class CopyRun(NamedTuple):
     """`length` bytes from `offset` of a source go to each of `targets`, (unit index, offset in its file)."""
 
     source: int
@@ -69,7 +69,7 @@ class Plan:
     units: tuple[UnitPlan, ...]
     head: bytes
     tensors: tuple[Tensor, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[CopyRun, ...]
 
     @property
     def size(self) -> int:
@@ -140,12 +140,12 @@ def make_plan(
     heads = [build_head(placed, draft.metadata()) for placed, draft in zip(arranged, drafts, strict=True)]
     begin = [{t.name: len(head) + t.start for t in placed} for placed, head in zip(arranged, heads, strict=True)]
     view = arrange((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors.values())
-    runs: list[Run] = []
+    runs: list[CopyRun] = []
     for wanted in view:
         source, offset = places[wanted.name]
         for size, owned in rows[wanted.name]:
             targets = tuple((unit, begin[unit][wanted.name] + row * size) for unit, row in owned)
-            _append(runs, Run(source, offset, size, targets))
+            _append(runs, CopyRun(source, offset, size, targets))
             offset += size
     streamed = _streamed(runs, heads)
     units = tuple(
@@ -169,7 +169,7 @@ def _owners(drafts: Iterable[_Draft], layer: int, count: int) -> list[tuple[tupl
     return [tuple(owners) for owners in found]
 
 
-def _append(runs: list[Run], run: Run) -> None:
+def _append(runs: list[CopyRun], run: CopyRun) -> None:
     """Add a run, joined with the one before it where both source and every target go on without a gap."""
     if run.length == 0:
         return
@@ -184,7 +184,7 @@ def _append(runs: list[Run], run: Run) -> None:
         runs.append(run)
 
 
-def _streamed(runs: Iterable[Run], heads: list[bytes]) -> set[int]:
+def _streamed(runs: Iterable[CopyRun], heads: list[bytes]) -> set[int]:
     """The units that the runs fill from front to back."""
     filled = {unit: len(head) for unit, head in enumerate(heads)}
     for run in runs:

@@ -18,7 +18,7 @@ from msgspec import structs
 
 from bzstream.model.checkpoint import Checkpoint, open_folder
 from bzstream.model.errors import BadExpertMap, ModelError, StoreDamaged, StoreFailed
-from bzstream.model.experts import ExpertMap, check_map, even_split, load_map
+from bzstream.model.expert_map import ExpertMap, check_map, even_split, load_map
 from bzstream.model.naming import find_layers, fused_orientation
 from bzstream.model.plan import Plan, make_plan
 from bzstream.model.record import (
@@ -30,9 +30,9 @@ from bzstream.model.record import (
     read_record,
     unit_envelope,
 )
-from bzstream.model.statedict import open_state_dict
+from bzstream.model.state_dict import open_state_dict
 from bzstream.model.store import Store
-from bzstream.model.transfer import Outcome, UnitOutcome, transfer
+from bzstream.model.write_units import Outcome, UnitOutcome, transfer
 
 __all__ = ["Publication", "PublishedUnit", "publish", "publish_state_dict"]
 
@@ -81,7 +81,7 @@ class Publication:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Order:
+class _Request:
     """What the caller asked for. Raises ModelError when it makes no sense."""
 
     block: int
@@ -138,7 +138,7 @@ def publish(
     which group trains which experts. The newest `keep` versions stay. `signer` signs the manifests. With `dry_run`
     nothing is written, not even the store's folder. Raises ModelError; what is served is then as it was.
     """
-    order = _Order(
+    order = _Request(
         block=block, version=version, experts=experts, groups=groups, keep=keep, signer=signer, progress=progress,
         dry_run=dry_run,
     )  # fmt: skip
@@ -165,7 +165,7 @@ def publish_state_dict(
     `config` is what config.json would hold (`model.config.to_dict()`). The tensors must not change meanwhile: unlike
     a file's, their change cannot be noticed. Contiguous CPU tensors are read in place; others are copied one by one.
     """
-    order = _Order(
+    order = _Request(
         block=block, version=version, experts=experts, groups=groups, keep=keep, signer=signer, progress=progress,
         dry_run=dry_run,
     )  # fmt: skip
@@ -173,7 +173,7 @@ def publish_state_dict(
         return _publish(checkpoint, Store(store), order)
 
 
-def _publish(checkpoint: Checkpoint, store: Store, order: _Order) -> Publication:
+def _publish(checkpoint: Checkpoint, store: Store, order: _Request) -> Publication:
     started = time.monotonic()
     layers = find_layers(checkpoint.tensors.values(), checkpoint.config)
     orientation = fused_orientation(layers, checkpoint.config)
@@ -272,7 +272,7 @@ def _unit_records(plan: Plan, outcome: Outcome, folder: Path) -> tuple[UnitRecor
 
 
 def _publication(
-    plan: Plan, outcome: Outcome | None, order: _Order, retired: tuple[str, ...], started: float
+    plan: Plan, outcome: Outcome | None, order: _Request, retired: tuple[str, ...], started: float
 ) -> Publication:
     extents = plan.extents()
     pieces = Counter(unit for run in plan.runs for unit, _ in run.targets)
@@ -315,7 +315,7 @@ def _check_room(plan: Plan, store: Store, candidates: Mapping[int, Path]) -> Non
 
 
 @contextmanager
-def _explained(store: Store, plan: Plan, order: _Order) -> Iterator[None]:
+def _explained(store: Store, plan: Plan, order: _Request) -> Iterator[None]:
     """Turn what the operating system refuses into a sentence, in one place."""
     try:
         yield

@@ -28,7 +28,7 @@ from bzstream.chain.state import ChainState
 from bzstream.config import AuthSettings, HttpSettings, Settings
 from bzstream.http import Server
 from bzstream.http.links import unsent
-from bzstream.model import Library
+from bzstream.model import SnapshotCache
 from bzstream.submissions.ledger import AsyncLedger
 from tests.api.desk import Desk
 from tests.http.certificates import FIRST_CERT, FIRST_KEY
@@ -135,7 +135,7 @@ async def open_api(store: Path, place: Path) -> AsyncIterator[Api]:
     ledger = AsyncLedger.open(place / "ledger.sqlite")
     view = View(
         settings=Settings(auth=AuthSettings(token=TOKEN, trust_claimed_hotkey=True)),
-        library=Library(store),
+        library=SnapshotCache(store),
         tokens=TokensFile(TOKEN, None),
         ledger=ledger,
         loopback=True,

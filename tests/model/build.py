@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from blake3 import blake3
 
-from bzstream.model import Library
+from bzstream.model import SnapshotCache
 from bzstream.payload import Payload
 from bzstream.tensorfile import arrange, build_head, parse_head, tensor_bytes
 
@@ -147,12 +147,12 @@ def check_store(
     experts: Mapping[int, Mapping[int, tuple[int, ...]]],
 ) -> None:
     """Every unit of the store's current snapshot is exactly what specs, bytes and map ask for, worked out naively."""
-    library = Library(store)
-    assert library.refresh()
+    cache = SnapshotCache(store)
+    assert cache.refresh()
     try:
-        snapshot = library.current
+        snapshot = cache.current
         assert snapshot is not None
-        assert library.damaged == []
+        assert cache.damaged == []
         for unit in snapshot.units.values():
             raw = unit.payload.read()
             assert len(raw) == unit.size == len(unit.payload)
@@ -183,7 +183,7 @@ def check_store(
             assert tensors_of(partial.payload) == wanted
             assert {layer: tuple(rows) for layer, rows in partial.experts.items()} == dict(layers)
     finally:
-        library.close()
+        cache.close()
 
 
 def _place(name: str) -> tuple[int, int | None] | None:

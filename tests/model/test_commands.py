@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bzstream.model import Library
+from bzstream.model import SnapshotCache
 
 from .build import fused, write_checkpoint
 
@@ -38,12 +38,12 @@ def test_publish_and_inspect(tmp_path: Path, source: Path) -> None:
     assert not store.exists()
     done = bzstream(*arguments)
     assert (done.returncode, done.stderr) == (0, "")
-    library = Library(store)
-    library.refresh()
-    assert library.current is not None
-    for unit in library.current.units.values():
+    cache = SnapshotCache(store)
+    cache.refresh()
+    assert cache.current is not None
+    for unit in cache.current.units.values():
         assert re.search(rf"^{unit.label} .* {unit.size:,} .*{unit.content_hash}$", done.stdout, re.M)
-    library.close()
+    cache.close()
     done = bzstream(*arguments)
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(r"bzstream: .* already has a version step_1000; .*\n", done.stderr)
@@ -94,17 +94,17 @@ def test_a_key_signs_the_manifests(tmp_path: Path, source: Path) -> None:
     arguments = ("--store", store, "--block", 1, "--version", "a", "--groups", 2, "--key", key)
     done = bzstream("publish", source, *arguments)
     assert done.returncode == 0, done.stderr
-    library = Library(store)
-    library.refresh()
-    assert library.current is not None
+    cache = SnapshotCache(store)
+    cache.refresh()
+    assert cache.current is not None
     from bzstream.chain.canonical import canonical_json
     from bzstream.chain.signatures import decode_signature, verify
 
-    for unit in library.current.units.values():
+    for unit in cache.current.units.values():
         manifest = json.loads(unit.manifest)
         signature = decode_signature(manifest.pop("signature"))
         assert verify(manifest["validator_hotkey"], canonical_json(manifest), signature)
-    library.close()
+    cache.close()
 
 
 @pytest.mark.parametrize(

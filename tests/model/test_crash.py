@@ -16,8 +16,8 @@ from typing import Protocol
 
 import pytest
 
-from bzstream.model import Library, publish
-from bzstream.model.verify import inspect_store, verify_store
+from bzstream.model import SnapshotCache, publish
+from bzstream.model.inspection import inspect_store, verify_store
 
 from .build import check_store, contents, fused, write_checkpoint
 
@@ -96,11 +96,11 @@ def check_after_kill(store: Path, source: Path, *, begun: str | None) -> None:
     """What must hold after a publish of "new" was killed; `begun` is the version that was current before."""
     current = Path(os.readlink(store / "current")).name if (store / "current").is_symlink() else None
     assert current in (begun, "new")
-    library = Library(store)
-    library.refresh()
-    assert (library.current.version if library.current else None) == current
-    assert library.damaged == []
-    library.close()
+    cache = SnapshotCache(store)
+    cache.refresh()
+    assert (cache.current.version if cache.current else None) == current
+    assert cache.damaged == []
+    cache.close()
     if current == begun:
         publish(source, store, block=2, version="new", groups=GROUPS)
     else:
@@ -121,7 +121,7 @@ def test_killed_at_every_call_of_a_later_publish(kill: Kill, published: Path, so
     assert calls >= 55
     for at in range(1, calls + 1):
         store = copy(published, place / "store")
-        old = Library(store)
+        old = SnapshotCache(store)
         assert old.refresh()
         assert kill(store, at) == "killed"
         old.refresh()
@@ -178,8 +178,8 @@ def test_a_pending_flip_is_not_offered(published: Path, place: Path) -> None:
     os.rename(store / "current.new", store / "current")
     shutil.copytree(store / "snapshots/old", store / "snapshots/next")
     os.symlink("snapshots/next", store / ".current-next")
-    library = Library(store)
-    library.refresh()
-    assert sorted(snapshot.version for snapshot in library.versions()) == ["old", "old-0", "old-1"]
-    library.close()
+    cache = SnapshotCache(store)
+    cache.refresh()
+    assert sorted(snapshot.version for snapshot in cache.versions()) == ["old", "old-0", "old-1"]
+    cache.close()
     assert ".current-next" in inspect_store(store).leftovers

@@ -13,8 +13,8 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bzstream.model import Library, publish
-from bzstream.model.digest import CHUNK, Chunks, digest_chunks, digest_file
+from bzstream.model import SnapshotCache, publish
+from bzstream.model.digest import CHUNK, ChunkHasher, digest_chunks, digest_file
 
 from .build import fused, write_checkpoint
 
@@ -25,7 +25,7 @@ WANTED = tuple(blake3(DATA[at : at + CHUNK]).hexdigest() for at in range(0, len(
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(1, len(DATA) - 1), max_size=6))
 def test_any_cut_gives_the_same_chunks(cuts: list[int]) -> None:
-    chunks = Chunks()
+    chunks = ChunkHasher()
     edges = [0, *sorted(cuts), len(DATA)]
     for begin, end in pairwise(edges):
         chunks.update(memoryview(DATA)[begin:end])
@@ -48,11 +48,11 @@ def test_units_of_several_chunks(tmp_path: Path) -> None:
     """Pieces of a unit begin anywhere in its chunks, unlike those of the view."""
     write_checkpoint(tmp_path / "in", fused(layers=1, experts=4, hidden=1024, inner=1536))
     publish(tmp_path / "in", tmp_path / "store", block=1, version="a", groups=2)
-    library = Library(tmp_path / "store")
-    library.refresh()
-    assert library.current is not None
-    for unit in library.current.units.values():
+    cache = SnapshotCache(tmp_path / "store")
+    cache.refresh()
+    assert cache.current is not None
+    for unit in cache.current.units.values():
         raw = unit.payload.read()
         assert list(unit.chunks) == [blake3(raw[at : at + CHUNK]).hexdigest() for at in range(0, len(raw), CHUNK)]
-    assert len(library.current.units["partial/1"].chunks) == 3
-    library.close()
+    assert len(cache.current.units["partial/1"].chunks) == 3
+    cache.close()

@@ -18,7 +18,7 @@ import transformers
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 
-from bzstream.model import Library, publish
+from bzstream.model import SnapshotCache, publish
 
 EXPERTS = 4
 GROUPS = {2: {0: (3, 0), 1: (1, 2)}, 0: {0: (1, 2), 1: (0, 1)}}
@@ -109,12 +109,12 @@ def written(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def units(store: Path) -> tuple[dict[str, dict[str, torch.Tensor]], str | None]:
-    library = Library(store)
-    assert library.refresh()
-    assert library.current is not None
-    found = {label: load_bytes(unit.payload.read()) for label, unit in library.current.units.items()}
-    orientation = library.current.orientation
-    library.close()
+    cache = SnapshotCache(store)
+    assert cache.refresh()
+    assert cache.current is not None
+    found = {label: load_bytes(unit.payload.read()) for label, unit in cache.current.units.items()}
+    orientation = cache.current.orientation
+    cache.close()
     return found, orientation
 
 

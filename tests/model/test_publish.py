@@ -15,12 +15,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bzstream.model import Library, publish
+from bzstream.model import SnapshotCache, publish
 from bzstream.model.errors import (
     VersionExists,
 )
 from bzstream.model.plan import make_plan
-from bzstream.model.transfer import slabs_of
+from bzstream.model.write_units import buffers_of
 from bzstream.tensorfile import DTYPE_BITS
 
 from .build import SPLIT, Signer, Spec, check_store, fused, separate, tree, write_checkpoint
@@ -76,11 +76,11 @@ def test_any_model_and_map_give_exact_units(
     monkeypatch: pytest.MonkeyPatch,
     model: tuple[dict[str, Spec], dict[int, dict[int, tuple[int, ...]]]],
     shards: int,
-    slab: int,
+    buffer: int,
 ) -> None:
     specs, experts = model
     place = tmp_path_factory.mktemp("any")
-    monkeypatch.setattr("bzstream.model.transfer.SLAB", slab)
+    monkeypatch.setattr("bzstream.model.write_units.BUFFER_SIZE", buffer)
     data = write_checkpoint(place / "in", specs, shards=shards)
     report = publish(place / "in", place / "store", block=1, version="a", experts=experts)
     check_store(place / "store", specs, data, experts)
@@ -122,7 +122,7 @@ def test_a_plan_covers_every_byte_once(
         assert set(covered[: len(item.head)]) == {0}
         assert set(covered[len(item.head) :]) <= {1}
     assert len(plan.head) + sum(length for _, _, length in plan.extents()) == plan.size
-    cut = list(slabs_of(plan, size))
+    cut = list(buffers_of(plan, size))
     assert all(sum(part.length for part in parts) == size for parts in cut[:-1])
     assert sum(part.length for parts in cut for part in parts) == plan.size
 
@@ -139,11 +139,11 @@ def test_experts_of_no_group_and_of_two_groups(tmp_path: Path) -> None:
     with safetensors.safe_open(rest, "pt") as file:
         assert json.loads(file.metadata()["experts"]) == {"0": [1, 3, 4]}
         assert file.metadata().keys() == {"format", "experts"}
-    library = Library(tmp_path / "store")
-    library.refresh()
-    assert library.current is not None
-    assert set(library.current.units) == {"shared", "partial/1", "partial/3", "full"}
-    library.close()
+    cache = SnapshotCache(tmp_path / "store")
+    cache.refresh()
+    assert cache.current is not None
+    assert set(cache.current.units) == {"shared", "partial/1", "partial/3", "full"}
+    cache.close()
 
 
 def test_unit_files_say_what_they_hold_and_nothing_of_the_version(tmp_path: Path) -> None:
@@ -159,10 +159,10 @@ def test_envelope_and_manifest_are_the_contracts_bytes(tmp_path: Path) -> None:
     specs = fused()
     write_checkpoint(tmp_path / "in", specs)
     publish(tmp_path / "in", tmp_path / "store", block=12345, version="step_1000", groups=2)
-    library = Library(tmp_path / "store")
-    library.refresh()
-    assert library.current is not None
-    unit = library.current.partial(0)
+    cache = SnapshotCache(tmp_path / "store")
+    cache.refresh()
+    assert cache.current is not None
+    unit = cache.current.partial(0)
     assert unit is not None
     raw = unit.payload.read()
     digest = hashlib.sha256(raw).hexdigest()
@@ -180,20 +180,20 @@ def test_envelope_and_manifest_are_the_contracts_bytes(tmp_path: Path) -> None:
         "content_hash": f"sha256:{digest}", "payload_offset": 4096, "size": len(raw), "chunk_size": 8388608,
         "chunk_hash": "blake3", "chunks": list(unit.chunks), "validator_hotkey": None, "signature": None,
     }  # fmt: skip
-    shared, full = library.current.shared, library.current.full
+    shared, full = cache.current.shared, cache.current.full
     assert b'{"expert_group":null,' in shared.envelope
     assert (full.envelope, full.etag) == (b"", full.etag_enveloped)
     assert json.loads(full.manifest)["payload_offset"] == 0
     assert (json.loads(shared.manifest)["unit"], json.loads(full.manifest)["unit"]) == ("shared", "full")
     assert len({u.etag for u in (unit, shared, full)} | {unit.etag_enveloped, shared.etag_enveloped}) == 5
-    library.close()
+    cache.close()
     publish(tmp_path / "in", tmp_path / "store", block=12346, version="step_1001", groups=2)
-    library.refresh()
-    assert library.current is not None
-    again = library.current.partial(0)
+    cache.refresh()
+    assert cache.current is not None
+    again = cache.current.partial(0)
     assert again is not None
     assert (again.etag == unit.etag, again.etag_enveloped == unit.etag_enveloped) == (True, False)
-    library.close()
+    cache.close()
 
 
 def test_manifests_are_signed(tmp_path: Path) -> None:
@@ -201,16 +201,16 @@ def test_manifests_are_signed(tmp_path: Path) -> None:
     signer = Signer()
     experts = {0: {0: (1,), 1: (1,)}}
     publish(tmp_path / "in", tmp_path / "store", block=1, version="a", experts=experts, signer=signer)
-    library = Library(tmp_path / "store")
-    library.refresh()
-    assert library.current is not None
-    for unit in library.current.units.values():
+    cache = SnapshotCache(tmp_path / "store")
+    cache.refresh()
+    assert cache.current is not None
+    for unit in cache.current.units.values():
         manifest = json.loads(unit.manifest)
         assert manifest.pop("signature") == f"signature of {unit.kind}"
         assert manifest["validator_hotkey"] == "5Hotkey"
         assert manifest in signer.signed
     assert len(signer.signed) == 3
-    library.close()
+    cache.close()
 
 
 def test_modes_are_the_contracts_whatever_the_umask(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_any_change_gives_exact_units_again(tmp_path_factory: pytest.TempPathFac
     place = tmp_path_factory.mktemp("change")
     old = write_checkpoint(place / "in", specs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bzstream.model.transfer.SLAB", data.draw(st.sampled_from([29, 1 << 20])))
+        patch.setattr("bzstream.model.write_units.BUFFER_SIZE", data.draw(st.sampled_from([29, 1 << 20])))
         publish(place / "in", place / "store", block=1, version="a", experts=experts)
         name = data.draw(st.sampled_from([name for name, content in old.items() if content]))
         changed = bytearray(old[name])
@@ -340,12 +340,12 @@ def test_the_full_view_loads_with_the_stock_library(tmp_path: Path) -> None:
     specs = fused(dtype="F32")
     data = write_checkpoint(tmp_path / "in", specs)
     publish(tmp_path / "in", tmp_path / "store", block=1, version="a", experts={5: {0: (3, 1), 1: (0, 2)}})
-    library = Library(tmp_path / "store")
-    library.refresh()
-    assert library.current is not None
+    cache = SnapshotCache(tmp_path / "store")
+    cache.refresh()
+    assert cache.current is not None
     path = tmp_path / "model.safetensors"
-    path.write_bytes(library.current.full.payload.read())
-    library.close()
+    path.write_bytes(cache.current.full.payload.read())
+    cache.close()
     with safetensors.safe_open(path, "pt") as file:
         assert set(file.keys()) == set(specs)
         for name, (_, shape) in specs.items():

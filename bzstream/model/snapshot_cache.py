@@ -5,7 +5,7 @@ reference to each of its files; a download holds its own (`Payload.retain`), so 
 is closed at once and its files as soon as the last download from them ends.
 
 A file that is missing, has another size than when it was published, or changes while it is open, takes its units (and
-the full model) out of service; it is never served with wrong bytes, and `Library.damaged` names it. A file whose
+the full model) out of service; it is never served with wrong bytes, and `SnapshotCache.damaged` names it. A file whose
 modification time is another than when it was published was changed while nobody looked, or the whole store was copied:
 a thread reads it, and it is served if every chunk has its published hash.
 """
@@ -36,7 +36,7 @@ from bzstream.model.record import (
 from bzstream.model.store import Store
 from bzstream.payload import Extent, Payload, UnitFile
 
-__all__ = ["Library", "News", "Snapshot", "Unit", "open_snapshot"]
+__all__ = ["ScanResult", "Snapshot", "SnapshotCache", "Unit", "open_snapshot"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Snapshot:
         record: SnapshotRecord,
         units: Mapping[str, Unit],
         files: tuple[UnitFile, ...],
-        suspects: tuple[tuple[UnitFile, tuple[str, ...]], ...] = (),
+        unverified: tuple[tuple[UnitFile, tuple[str, ...]], ...] = (),
     ) -> None:
         self.version = record.version
         self.block = record.block
@@ -91,7 +91,7 @@ class Snapshot:
         self.units = units
         """By label."""
         self.groups = tuple(sorted(unit.group for unit in units.values() if unit.group is not None))
-        self.suspects = suspects
+        self.unverified = unverified
         """Files marked `broken` until someone has found them to have these chunk hashes (`recheck`)."""
         self._files = files
         self._references = 1
@@ -129,7 +129,7 @@ def open_snapshot(folder: Path) -> Snapshot:
     """Open the snapshot in `folder`. Raises StoreDamaged when its record cannot be read.
 
     A unit file that is missing or cut is no error here: its units open, and are not `intact`. Neither are those of a
-    file with another modification time than when it was published; such files are the snapshot's `suspects`.
+    file with another modification time than when it was published; such files are the snapshot's `unverified`.
     """
     record = read_record(folder)
     with ExitStack() as cleanup:
@@ -152,17 +152,17 @@ def open_snapshot(folder: Path) -> Snapshot:
             if unit.kind != "rest":
                 units[unit.label] = _unit(record, unit, Payload(tuple(parts)), whole)
         cleanup.pop_all()
-    suspects = []
+    unverified = []
     for unit, file in zip(record.units, files, strict=True):
         if file is not None and os.fstat(file.fd).st_mtime_ns != unit.mtime_ns:
             file.broken = True
-            suspects.append((file, unit.chunks))
-    return Snapshot(record, units, tuple(file for file in files if file is not None), tuple(suspects))
+            unverified.append((file, unit.chunks))
+    return Snapshot(record, units, tuple(file for file in files if file is not None), tuple(unverified))
 
 
 @dataclass(frozen=True, slots=True)
-class News:
-    """What `Library.look` found: the version that is current, every version's stamp, and what was opened."""
+class ScanResult:
+    """What `SnapshotCache.scan` found: the version that is current, every version's stamp, and what was opened."""
 
     wanted: str | None
     stamps: Mapping[str, tuple[int, int]]
@@ -170,7 +170,7 @@ class News:
     """None: unusable for good."""
 
 
-class Library:
+class SnapshotCache:
     """The snapshots of a store, as one worker sees them. Not thread-safe: for the worker's event loop."""
 
     def __init__(self, path: Path, *, warn: Callable[[str], None] | None = None) -> None:
@@ -179,8 +179,8 @@ class Library:
         self._snapshots: dict[str, Snapshot] = {}
         self._stamps: dict[str, tuple[int, int]] = {}
         self._reported: set[str] = set()
-        self.checks: list[Recheck] = []
-        """Threads that read suspects again, ended or not."""
+        self.checks: list[Verifier] = []
+        """Threads that read unverified files again, ended or not."""
         self.current: Snapshot | None = None
 
     def refresh(self) -> bool:
@@ -189,9 +189,9 @@ class Library:
         Cheap when nothing did (a few system calls). A new snapshot that cannot be read is reported once, and the
         current one stays.
         """
-        return self.take(self.look())
+        return self.apply(self.scan())
 
-    def look(self) -> News:
+    def scan(self) -> ScanResult:
         """The first half of `refresh`, on any thread: see what the store has, and open what is new.
 
         Opening a snapshot as finely cut as the mission's (12,290 parts) took 20 ms, as long as the event loop may
@@ -207,26 +207,26 @@ class Library:
                     opened[version] = self._open(version)
                 except OSError as error:  # may be tried again: no stamp is kept
                     self._report(version, str(error))
-        return News(wanted, stamps, opened)
+        return ScanResult(wanted, stamps, opened)
 
-    def take(self, news: News) -> bool:
+    def apply(self, found: ScanResult) -> bool:
         """The second half of `refresh`, for whoever owns the library: put in place what `look` found."""
         changed = False
-        for version, snapshot in news.opened.items():
-            self._stamps[version] = news.stamps[version]
+        for version, snapshot in found.opened.items():
+            self._stamps[version] = found.stamps[version]
             if snapshot is not None:
                 self._put(version, snapshot)
                 changed = True
-        wanted = news.wanted
+        wanted = found.wanted
         if wanted is not None and wanted in self._snapshots and self._snapshots[wanted] is not self.current:
             self.current = self._snapshots[wanted]
             changed = True
-        for version in self._snapshots.keys() - news.stamps.keys():
+        for version in self._snapshots.keys() - found.stamps.keys():
             # The last good snapshot outlives its folder for as long as nothing readable has taken its place.
             if self._snapshots[version] is not self.current:
                 self._snapshots.pop(version).release()
                 changed = True
-        self._stamps = {version: stamp for version, stamp in self._stamps.items() if version in news.stamps}
+        self._stamps = {version: stamp for version, stamp in self._stamps.items() if version in found.stamps}
         return changed
 
     def get(self, version: str) -> Snapshot | None:
@@ -277,12 +277,12 @@ class Library:
             self._warn(problem)
 
     def _put(self, version: str, snapshot: Snapshot) -> None:
-        if snapshot.suspects:
+        if snapshot.unverified:
             self._warn(
-                f"{len(snapshot.suspects)} files of version {version} have another modification time than when they "
+                f"{len(snapshot.unverified)} files of version {version} have another modification time than when they "
                 "were published; each is read again before it is served"
             )
-            self.checks = [check for check in self.checks if check.running] + [Recheck(snapshot)]
+            self.checks = [check for check in self.checks if check.running] + [Verifier(snapshot)]
         old = self._snapshots.pop(version, None)
         self._snapshots[version] = snapshot
         if old is not None:
@@ -291,11 +291,11 @@ class Library:
             old.release()
 
 
-class Recheck:
-    """A thread that reads a snapshot's suspects and puts those into service that are undamaged."""
+class Verifier:
+    """A thread that reads a snapshot's unverified files and puts those into service that are undamaged."""
 
     def __init__(self, snapshot: Snapshot) -> None:
-        self._suspects = snapshot.suspects
+        self._unverified = snapshot.unverified
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="recheck", daemon=True)
         self._thread.start()
@@ -314,7 +314,7 @@ class Recheck:
         self._thread.join()
 
     def _run(self) -> None:
-        for file, chunks in self._suspects:
+        for file, chunks in self._unverified:
             try:
                 # A descriptor of its own: the file may be released, and counting references is the loop's alone.
                 # If the path leads to another file by now, that one's bytes say nothing of the open one's.

@@ -1,8 +1,8 @@
 """One pass over the source: hash the full model, fill the unit files and hash them, on all cores, in bounded memory.
 
-The source is read once, in the order of the full view, slab by slab. Each slab goes to the lanes (`crew`) that hash
-the view, and its pieces go to the lanes of the units that they belong to: one hashes the unit, one its chunks, one
-writes the file. The chain that cannot be shortened is the SHA-256 of the full view, some 1.6 GB/s.
+The source is read once, in the order of the full view, buffer by buffer. Each buffer goes to the queues (`hash_pool`)
+that hash the view, and its pieces go to the queues of the units that they belong to: one hashes the unit, one its
+chunks, one writes the file. The chain that cannot be shortened is the SHA-256 of the full view, some 1.6 GB/s.
 
 A unit whose bytes did not change is not written but hard-linked from the snapshot before. That is not known until its
 last byte, so a unit with a candidate of equal size begins by *comparing* its pieces with the old file. The first
@@ -25,18 +25,18 @@ from typing import NamedTuple
 import numpy
 
 from bzstream.model.checkpoint import Checkpoint
-from bzstream.model.crew import Crew, Lane, Slab
-from bzstream.model.digest import BLOCK, Chunks, Digest, digest_file
-from bzstream.model.plan import Plan, Run
+from bzstream.model.digest import BLOCK, ChunkHasher, Digest, digest_file
+from bzstream.model.hash_pool import Buffer, HashPool, SerialQueue
+from bzstream.model.plan import CopyRun, Plan
 
-__all__ = ["Outcome", "UnitOutcome", "slabs_of", "transfer"]
+__all__ = ["Outcome", "UnitOutcome", "buffers_of", "transfer"]
 
-SLAB = 2 * 1024 * 1024
+BUFFER_SIZE = 2 * 1024 * 1024
 """Bytes handed round at once: large against the cost of a job (some 20 µs), small against a core's cache. It divides
-a chunk, so a slab never crosses a chunk of the view."""
+a chunk, so a buffer never crosses a chunk of the view."""
 
-SLABS = 24
-"""Slabs in flight: how far the lanes may drift apart. 48 MiB, the bulk of a publish's memory."""
+BUFFERS = 24
+"""Buffers in flight: how far the queues may drift apart. 48 MiB, the bulk of a publish's memory."""
 
 Piece = tuple[memoryview, int]
 """Bytes, and their offset in the unit's file."""
@@ -65,7 +65,7 @@ def transfer(
 ) -> Outcome:
     """Fill `folder` with the plan's unit files, durably, and hash everything; with `folder` None only compare.
 
-    `candidates` maps units to files of the snapshot before. `progress` is called with the bytes of each slab that was
+    `candidates` maps units to files of the snapshot before. `progress` is called with the bytes of each buffer that was
     read. Raises OSError when writing fails, SourceChanged when reading does.
     """
     with ExitStack() as cleanup:
@@ -73,24 +73,24 @@ def transfer(
         for unit, item in enumerate(plan.units):
             files.append(_File(folder and folder / item.file, item.size, candidates.get(unit)))
             cleanup.callback(files[-1].close)
-        crew = cleanup.enter_context(Crew(slabs=SLABS, slab_size=SLAB))
-        view = _Stream(crew, None, hashed=folder is not None)
+        pool = cleanup.enter_context(HashPool(buffers=BUFFERS, buffer_size=BUFFER_SIZE))
+        view = _Stream(pool, None, hashed=folder is not None)
         streams = [
-            _Stream(crew, file, hashed=folder is not None and item.streamed)
+            _Stream(pool, file, hashed=folder is not None and item.streamed)
             for file, item in zip(files, plan.units, strict=True)
         ]
         for stream, item in zip(streams, plan.units, strict=True):
             stream.put([(memoryview(item.head), 0)], None)
-        _read(plan, checkpoint, crew, view, streams, progress)
-        crew.drain()
+        _read(plan, checkpoint, pool, view, streams, progress)
+        pool.drain()
         if folder is None:
             return Outcome(tuple(UnitOutcome(None, file.linked) for file in files), None)
         digests: dict[int, Digest] = {}
         for unit, (stream, item) in enumerate(zip(streams, plan.units, strict=True)):
-            stream.lanes[0].put(stream.file.finish)  # type: ignore[union-attr]
+            stream.queues[0].put(stream.file.finish)  # type: ignore[union-attr]
             if not item.streamed:
-                stream.lanes[0].put(partial(_digest_again, digests, unit, folder / item.file))
-        crew.drain()
+                stream.queues[0].put(partial(_digest_again, digests, unit, folder / item.file))
+        pool.drain()
         return Outcome(
             tuple(
                 UnitOutcome(digests.get(unit) or stream.digest(), file.linked)
@@ -100,16 +100,16 @@ def transfer(
         )
 
 
-def slabs_of(plan: Plan, size: int) -> Iterator[list[Run]]:
+def buffers_of(plan: Plan, size: int) -> Iterator[list[CopyRun]]:
     """The full view cut into stretches of `size` bytes; its head appears as a run of source -1 without targets."""
-    parts: list[Run] = []
+    parts: list[CopyRun] = []
     room = size
-    for run in (Run(-1, 0, len(plan.head), ()), *plan.runs):
+    for run in (CopyRun(-1, 0, len(plan.head), ()), *plan.runs):
         done = 0
         while done < run.length:
             take = min(room, run.length - done)
             targets = tuple((unit, offset + done) for unit, offset in run.targets)
-            parts.append(Run(run.source, run.offset + done, take, targets))
+            parts.append(CopyRun(run.source, run.offset + done, take, targets))
             done, room = done + take, room - take
             if not room:
                 yield parts
@@ -119,24 +119,24 @@ def slabs_of(plan: Plan, size: int) -> Iterator[list[Run]]:
 
 
 class _Stream:
-    """The lanes of one unit, or of the full view: [write or compare, SHA-256, BLAKE3 chunks]."""
+    """The queues of one unit, or of the full view: [write or compare, SHA-256, BLAKE3 chunks]."""
 
-    def __init__(self, crew: Crew, file: _File | None, *, hashed: bool) -> None:
+    def __init__(self, pool: HashPool, file: _File | None, *, hashed: bool) -> None:
         self.file = file
-        self._sha, self._chunks = hashlib.sha256(), Chunks()
+        self._sha, self._chunks = hashlib.sha256(), ChunkHasher()
         self._jobs: list[Callable[[memoryview, int], object]] = [] if file is None else [file.put]
         if hashed:
             self._jobs += [lambda data, _: self._sha.update(data), lambda data, _: self._chunks.update(data)]
-        self.lanes = [Lane(crew) for _ in self._jobs]
+        self.queues = [SerialQueue(pool) for _ in self._jobs]
 
     @property
     def users(self) -> int:
         """Jobs of one `put`."""
-        return len(self.lanes)
+        return len(self.queues)
 
-    def put(self, pieces: list[Piece], slab: Slab | None) -> None:
-        for lane, job in zip(self.lanes, self._jobs, strict=True):
-            lane.put(partial(_each, job, pieces), slab)
+    def put(self, pieces: list[Piece], buffer: Buffer | None) -> None:
+        for queue, job in zip(self.queues, self._jobs, strict=True):
+            queue.put(partial(_each, job, pieces), buffer)
 
     def digest(self) -> Digest:
         return Digest(self._sha.hexdigest(), self._chunks.finish())
@@ -210,19 +210,19 @@ class _File:
 def _read(
     plan: Plan,
     checkpoint: Checkpoint,
-    crew: Crew,
+    pool: HashPool,
     view: _Stream,
     streams: list[_Stream],
     progress: Callable[[int], None] | None,
 ) -> None:
-    """Read the full view slab by slab and hand each slab to the streams that need some of it."""
-    for parts in slabs_of(plan, SLAB):
-        slab = crew.slab()
-        slab.users = 1  # the reader itself, so that no early job gives the slab back
+    """Read the full view buffer by buffer and hand each buffer to the streams that need some of it."""
+    for parts in buffers_of(plan, BUFFER_SIZE):
+        buffer = pool.buffer()
+        buffer.users = 1  # the reader itself, so that no early job gives the buffer back
         pieces: dict[int, list[Piece]] = {}
         filled = 0
         for part in parts:
-            data = slab.view[filled : filled + part.length]
+            data = buffer.view[filled : filled + part.length]
             filled += part.length
             if part.source < 0:
                 data[:] = plan.head[part.offset : part.offset + part.length]
@@ -230,11 +230,11 @@ def _read(
                 checkpoint.sources[part.source].read_into(part.offset, data)
             for unit, offset in part.targets:
                 pieces.setdefault(unit, []).append((data, offset))
-        crew.use(slab, view.users + sum(streams[unit].users for unit in pieces))
-        view.put([(slab.view[:filled], 0)], slab)
+        pool.use(buffer, view.users + sum(streams[unit].users for unit in pieces))
+        view.put([(buffer.view[:filled], 0)], buffer)
         for unit, own in pieces.items():
-            streams[unit].put(own, slab)
-        crew.done(slab)
+            streams[unit].put(own, buffer)
+        pool.done(buffer)
         if progress is not None:
             progress(filled)
 

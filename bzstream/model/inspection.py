@@ -17,9 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bzstream.model.crew import Crew, Lane
-from bzstream.model.digest import BLOCK, CHUNK, Chunks, Digest, digest_file
+from bzstream.model.digest import BLOCK, CHUNK, ChunkHasher, Digest, digest_file
 from bzstream.model.errors import ModelError, StoreDamaged
+from bzstream.model.hash_pool import HashPool, SerialQueue
 from bzstream.model.record import SnapshotRecord, UnitRecord, read_record
 from bzstream.model.store import Store
 from bzstream.tensorfile import Head, TensorFileError, read_head
@@ -114,13 +114,13 @@ def verify_store(path: Path, progress: Callable[[int, int], None] | None = None)
             progress(done, total)
 
     findings: list[Finding] = []
-    with Crew() as crew:
+    with HashPool() as pool:
         for owners in files.values():
-            Lane(crew).put(partial(_verify_file, store, owners, findings, seen))
+            SerialQueue(pool).put(partial(_verify_file, store, owners, findings, seen))
         for record in report.snapshots:
             if not any(version == record.version for version, _ in unreadable):
-                Lane(crew).put(partial(_verify_view, store, record, findings, seen))
-        crew.drain()
+                SerialQueue(pool).put(partial(_verify_view, store, record, findings, seen))
+        pool.drain()
     findings.sort(key=lambda finding: (finding.version, finding.unit))
     return StoreReport(report.current, report.snapshots, (*report.findings, *findings), report.leftovers)
 
@@ -182,7 +182,7 @@ def _verify_file(
 
 def _verify_view(store: Store, record: SnapshotRecord, findings: list[Finding], seen: Callable[[int], None]) -> None:
     """Hash the full model as it would be sent."""
-    sha, chunks = hashlib.sha256(), Chunks()
+    sha, chunks = hashlib.sha256(), ChunkHasher()
     buffer = memoryview(bytearray(BLOCK))
 
     def take(data: memoryview) -> None:

@@ -12,17 +12,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bzstream.model import BadCheckpoint, Library, publish, publish_state_dict
+from bzstream.model import BadCheckpoint, SnapshotCache, publish, publish_state_dict
 
 from .build import SPLIT, check_store, fused, separate, write_checkpoint
 
 
 def hashes(store: Path) -> dict[str, str]:
-    library = Library(store)
-    library.refresh()
-    assert library.current is not None
-    found = {label: unit.content_hash for label, unit in library.current.units.items()}
-    library.close()
+    cache = SnapshotCache(store)
+    cache.refresh()
+    assert cache.current is not None
+    found = {label: unit.content_hash for label, unit in cache.current.units.items()}
+    cache.close()
     return found
 
 
@@ -59,11 +59,11 @@ def test_every_kind_of_tensor(tmp_path: Path) -> None:
         "numpy empty": np.empty((0, 2), np.uint32),
     }
     publish_state_dict(tensors, None, tmp_path / "store", block=1, version="a", groups=2)
-    library = Library(tmp_path / "store")
-    library.refresh()
-    assert library.current is not None
-    (tmp_path / "full.safetensors").write_bytes(library.current.full.payload.read())
-    library.close()
+    cache = SnapshotCache(tmp_path / "store")
+    cache.refresh()
+    assert cache.current is not None
+    (tmp_path / "full.safetensors").write_bytes(cache.current.full.payload.read())
+    cache.close()
     as_torch = {}
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor):

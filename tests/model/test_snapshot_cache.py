@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bzstream.model import Library, Snapshot, StoreDamaged, open_snapshot, publish
+from bzstream.model import Snapshot, SnapshotCache, StoreDamaged, open_snapshot, publish
 
 from .build import SPLIT, Spec, check_store, fused, write_checkpoint
 
@@ -29,11 +29,11 @@ def store(tmp_path: Path, source: Path) -> Path:
     return tmp_path / "store"
 
 
-def opened(store: Path) -> tuple[Library, Snapshot]:
-    library = Library(store)
-    assert library.refresh()
-    assert library.current is not None
-    return library, library.current
+def opened(store: Path) -> tuple[SnapshotCache, Snapshot]:
+    cache = SnapshotCache(store)
+    assert cache.refresh()
+    assert cache.current is not None
+    return cache, cache.current
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -48,36 +48,36 @@ def descriptors() -> int:
 
 
 def test_nothing_published_yet(tmp_path: Path, source: Path) -> None:
-    library = Library(tmp_path / "store")
-    assert not library.refresh()
-    assert (library.current, library.versions(), library.damaged, library.get("a")) == (None, [], [], None)
+    cache = SnapshotCache(tmp_path / "store")
+    assert not cache.refresh()
+    assert (cache.current, cache.versions(), cache.damaged, cache.get("a")) == (None, [], [], None)
     publish(source, tmp_path / "store", block=1, version="a", groups=2)
-    assert library.refresh()
-    assert not library.refresh()
-    assert library.current is not None
-    library.close()
+    assert cache.refresh()
+    assert not cache.refresh()
+    assert cache.current is not None
+    cache.close()
 
 
 def test_new_versions_come_and_old_ones_go(store: Path, source: Path) -> None:
     before = descriptors()
-    library, first = opened(store)
+    cache, first = opened(store)
     assert (first.version, first.block, first.groups, first.layers) == ("a", 1, (0, 1), {0: 4, 1: 4})
     assert abs(first.published_at - time.time()) < 60
     assert first.partial(7) is None
     for number, version in enumerate(["b", "c", "d"]):
         publish(source, store, block=number, version=version, groups=2)
-        assert library.refresh()
-        assert library.current is not None
-        assert library.current.version == version
-    assert [snapshot.version for snapshot in library.versions()] == ["d", "c", "b"]
-    assert library.get("a") is None
-    assert library.get("b") is library.versions()[-1]
-    library.close()
+        assert cache.refresh()
+        assert cache.current is not None
+        assert cache.current.version == version
+    assert [snapshot.version for snapshot in cache.versions()] == ["d", "c", "b"]
+    assert cache.get("a") is None
+    assert cache.get("b") is cache.versions()[-1]
+    cache.close()
     assert descriptors() == before
 
 
 def test_a_download_outlives_its_snapshot(store: Path, source: Path) -> None:
-    library, first = opened(store)
+    cache, first = opened(store)
     unit = first.partial(0)
     assert unit is not None
     payload = unit.enveloped
@@ -85,8 +85,8 @@ def test_a_download_outlives_its_snapshot(store: Path, source: Path) -> None:
     wanted = payload.read()
     for number in range(3):
         publish(source, store, block=number, version=f"next-{number}", groups=2)
-    library.refresh()
-    library.close()
+    cache.refresh()
+    cache.close()
     assert payload.read() == wanted
     assert unit.intact()
     payload.release()
@@ -94,9 +94,9 @@ def test_a_download_outlives_its_snapshot(store: Path, source: Path) -> None:
 
 
 def test_holding_a_snapshot(store: Path) -> None:
-    library, snapshot = opened(store)
+    cache, snapshot = opened(store)
     snapshot.retain()
-    library.close()
+    cache.close()
     assert snapshot.full.payload.read()
     snapshot.release()
     with pytest.raises(AssertionError):
@@ -119,15 +119,15 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut, flip])
 def test_a_file_that_changes_while_it_is_open_is_not_served(store: Path, damage: Callable[[Path], None]) -> None:
-    library, snapshot = opened(store)
+    cache, snapshot = opened(store)
     damage(store / "current/group-1.safetensors")
-    assert library.damaged == ["partial/1", "full"]
+    assert cache.damaged == ["partial/1", "full"]
     good = snapshot.partial(0)
     assert good is not None
     assert good.intact()
     assert snapshot.shared.intact()
-    assert not library.refresh()
-    library.close()
+    assert not cache.refresh()
+    cache.close()
 
 
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
@@ -136,16 +136,16 @@ def test_a_file_that_changed_before_the_worker_started_is_not_served(
 ) -> None:
     damage(store / "current/group-1.safetensors")
     warnings: list[str] = []
-    library = Library(store, warn=warnings.append)
-    library.refresh()
-    assert library.damaged == ["partial/1", "full"]
-    library.close()  # waits for the check of what was flipped
-    library = Library(store, warn=warnings.append)
-    library.refresh()
-    for check in library.checks:
+    cache = SnapshotCache(store, warn=warnings.append)
+    cache.refresh()
+    assert cache.damaged == ["partial/1", "full"]
+    cache.close()  # waits for the check of what was flipped
+    cache = SnapshotCache(store, warn=warnings.append)
+    cache.refresh()
+    for check in cache.checks:
         check.wait()
-    assert library.damaged == ["partial/1", "full"]
-    library.close()
+    assert cache.damaged == ["partial/1", "full"]
+    cache.close()
 
 
 def test_a_cut_file_is_found_by_its_size_alone(store: Path) -> None:
@@ -153,82 +153,82 @@ def test_a_cut_file_is_found_by_its_size_alone(store: Path) -> None:
     status = os.stat(path)
     cut(path)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    library, _ = opened(store)
-    assert library.damaged == ["partial/1", "full"]
-    library.close()
+    cache, _ = opened(store)
+    assert cache.damaged == ["partial/1", "full"]
+    cache.close()
 
 
 def test_a_copied_store_is_served_when_it_was_read_again(store: Path, tmp_path: Path) -> None:
     shutil.copytree(store, tmp_path / "copy", symlinks=True, copy_function=shutil.copyfile)
     warnings: list[str] = []
-    library = Library(tmp_path / "copy", warn=warnings.append)
-    library.refresh()
-    until(lambda: library.damaged == [])
+    cache = SnapshotCache(tmp_path / "copy", warn=warnings.append)
+    cache.refresh()
+    until(lambda: cache.damaged == [])
     assert len(warnings) == 1
     assert "3 files of version a" in warnings[0]
-    library.close()
+    cache.close()
 
 
 def test_a_swapped_file_does_not_disturb_what_is_open(store: Path) -> None:
     """Deleting and writing a file anew leaves the open one as it was: downloads go on."""
-    library, snapshot = opened(store)
+    cache, snapshot = opened(store)
     wanted = snapshot.shared.payload.read()
     path = store / "current/shared.safetensors"
     path.unlink()
     path.write_bytes(b"something else")
-    assert library.damaged == []
+    assert cache.damaged == []
     assert snapshot.shared.payload.read() == wanted
-    library.close()
+    cache.close()
 
 
 def test_an_unreadable_new_snapshot_keeps_the_last_good_one(store: Path, source: Path) -> None:
     warnings: list[str] = []
-    library = Library(store, warn=warnings.append)
-    library.refresh()
+    cache = SnapshotCache(store, warn=warnings.append)
+    cache.refresh()
     publish(source, store, block=2, version="b", groups=2)
     flip(store / "current/snapshot.json")
     for _ in range(3):
-        library.refresh()
-    assert library.current is not None
-    assert library.current.version == "a"
+        cache.refresh()
+    assert cache.current is not None
+    assert cache.current.version == "a"
     assert len(warnings) == 1
     assert "snapshot.json" in warnings[0]
     publish(source, store, block=3, version="c", groups=2)
-    assert library.refresh()
-    assert library.current.version == "c"
-    library.close()
+    assert cache.refresh()
+    assert cache.current.version == "c"
+    cache.close()
 
 
 def test_the_last_good_snapshot_outlives_its_folder(store: Path) -> None:
-    library, snapshot = opened(store)
+    cache, snapshot = opened(store)
     wanted = snapshot.full.payload.read()
     shutil.rmtree(store)
-    library.refresh()
-    assert library.current is snapshot
+    cache.refresh()
+    assert cache.current is snapshot
     assert snapshot.full.payload.read() == wanted
-    library.close()
+    cache.close()
 
 
 def test_a_version_that_is_replaced_by_hand_is_opened_anew(store: Path, source: Path) -> None:
-    library, _ = opened(store)
+    cache, _ = opened(store)
     shutil.rmtree(store)
     publish(source, store, block=99, version="a", groups=4)
-    assert library.refresh()
-    assert library.current is not None
-    assert (library.current.block, library.current.groups) == (99, (0, 1, 2, 3))
-    assert len(library.versions()) == 1
-    library.close()
+    assert cache.refresh()
+    assert cache.current is not None
+    assert (cache.current.block, cache.current.groups) == (99, (0, 1, 2, 3))
+    assert len(cache.versions()) == 1
+    cache.close()
 
 
 def test_rolling_back_by_hand(store: Path, source: Path) -> None:
     publish(source, store, block=2, version="b", groups=2)
-    library, _ = opened(store)
+    cache, _ = opened(store)
     os.symlink("snapshots/a", store / "back")
     os.rename(store / "back", store / "current")
-    assert library.refresh()
-    assert library.current is not None
-    assert library.current.version == "a"
-    library.close()
+    assert cache.refresh()
+    assert cache.current is not None
+    assert cache.current.version == "a"
+    cache.close()
     publish(source, store, block=3, version="c", groups=2)
     check_store(store, SPECS, write_checkpoint(source, SPECS), SPLIT)
     assert sorted(os.listdir(store / "snapshots")) == ["a", "b", "c"]
@@ -236,23 +236,23 @@ def test_rolling_back_by_hand(store: Path, source: Path) -> None:
 
 def test_running_out_of_descriptors_is_tried_again(store: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
-    library = Library(store, warn=warnings.append)
-    library.refresh()
+    cache = SnapshotCache(store, warn=warnings.append)
+    cache.refresh()
     publish(source, store, block=2, version="b", groups=2)
 
     def refuse(*_: object) -> None:
         raise OSError(24, "Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr("bzstream.model.library.UnitFile", refuse)
+        patch.setattr("bzstream.model.snapshot_cache.UnitFile", refuse)
         for _ in range(3):
-            assert not library.refresh()
-    assert library.current is not None
-    assert library.current.version == "a"
+            assert not cache.refresh()
+    assert cache.current is not None
+    assert cache.current.version == "a"
     assert len(warnings) == 1
-    assert library.refresh()
-    assert library.current.version == "b"
-    library.close()
+    assert cache.refresh()
+    assert cache.current.version == "b"
+    cache.close()
 
 
 def test_opening_a_folder_that_is_no_snapshot(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bzstream.model import Library, ModelError, publish
-from bzstream.model.verify import inspect_file, inspect_store, verify_store
+from bzstream.model import ModelError, SnapshotCache, publish
+from bzstream.model.inspection import inspect_file, inspect_store, verify_store
 
 from .build import fused, write_checkpoint
 
@@ -92,15 +92,15 @@ def test_a_store_without_a_current_version(store: Path, tmp_path: Path) -> None:
 
 
 def test_a_bare_file_and_a_saved_body(store: Path, tmp_path: Path) -> None:
-    library = Library(store)
-    library.refresh()
-    assert library.current is not None
-    unit = library.current.partial(7)
+    cache = SnapshotCache(store)
+    cache.refresh()
+    assert cache.current is not None
+    unit = cache.current.partial(7)
     assert unit is not None
     bare, body = tmp_path / "bare", tmp_path / "body"
     bare.write_bytes(unit.payload.read())
     body.write_bytes(unit.enveloped.read())
-    library.close()
+    cache.close()
     assert inspect_file(bare).sha256 is None
     report = inspect_file(bare, verify=True)
     assert (report.envelope, report.payload_offset, report.size) == (None, 0, unit.size)

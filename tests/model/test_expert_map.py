@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bzstream.model.errors import BadExpertMap
-from bzstream.model.experts import check_map, even_split, load_map
+from bzstream.model.expert_map import check_map, even_split, load_map
 
 
 def write_task(folder: Path, name: str, config: object, assignment: object) -> None:
