@@ -65,7 +65,6 @@ USES_PRIVATE_NAMES: set[str] = {
     "http/test_limits.py",
     "http/test_readahead.py",
     "http/test_turns.py",
-    "model/test_crew.py",
     "submissions/test_ledger.py",
     "submissions/test_writer.py",
 }

@@ -67,6 +67,11 @@ class HashPool:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def stopping(self) -> bool:
+        """Whether jobs that have not begun are skipped: a job failed, or the pool was left by an exception."""
+        return self._error is not None
+
     def buffer(self) -> Buffer:
         """A free buffer; waits for one. Raises the first exception of any job."""
         buffer = self._free.get()

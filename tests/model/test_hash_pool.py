@@ -88,7 +88,7 @@ def test_leaving_early_skips_what_has_not_begun_and_joins() -> None:
 
             def hold() -> None:
                 began.set()
-                while pool._error is None:  # under way until the pool has been told to stop
+                while not pool.stopping:  # under way until the pool has been told to stop
                     time.sleep(0.001)
 
             queue = SerialQueue(pool)
