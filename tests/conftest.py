@@ -1,4 +1,4 @@
-"""What several rooms' tests share: a small published checkpoint and a node that serves it."""
+"""What the tests of several packages share: the profile of hypothesis, a small checkpoint, a node that serves it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from bzstream.cli._checkpoint import write_checkpoint
 from bzstream.model import publish
 from tests.nodes import BLOCK, GROUPS, VERSION, Node, running_node
+from tests.seeds import seeds
+
+# A busy machine makes an example slow, not wrong: no deadline, and no complaint about slow inputs.
+settings.register_profile(
+    "bzstream", deadline=None, max_examples=seeds(25, 100), suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("bzstream")
 
 
 @pytest.fixture(scope="session")

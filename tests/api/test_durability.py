@@ -1,6 +1,6 @@
 """What a 202 is worth: it survives SIGKILL of the whole node, and of those who race for one place exactly one has it.
 
-BZ_TEST_KILLS sets how often the node is killed (10; a release is worth 100).
+The node is killed a few times, in a long run a hundred times.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from sqlalchemy import text
 from bzstream.submissions.database import Database
 from tests.api.desk import Desk, new_key, signed, troubles
 from tests.nodes import TOKEN, Node, eventually, running_node, write_chain
+from tests.seeds import seeds
 from tests.submissions.conftest import postgres_server, where
 from tests.test_node import children
 
-KILLS = int(os.environ.get("BZ_TEST_KILLS", "10"))
+KILLS = seeds(4, 100)
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 __all__ = ["postgres_server", "where"]
 

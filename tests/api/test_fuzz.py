@@ -1,7 +1,7 @@
 """Mutated requests over real sockets against the real node: the endpoints behind the core, which `tests/http/test_fuzz`
 drives a hundred thousand times by itself.
 
-BZ_TEST_FUZZ sets how many (20,000; a release is worth 100,000). Nearly all of a request's time is the node's, so
+There are 6,000 of them, in a long run 100,000. Nearly all of a request's time is the node's, so
 several clients keep two workers busy. The seeds are fixed.
 """
 
@@ -22,9 +22,10 @@ import pytest
 from tests.api.desk import Desk, new_key, signed, troubles
 from tests.http.test_fuzz import TOKENS
 from tests.nodes import TOKEN, Node, eventually, running_node
+from tests.seeds import seeds
 from tests.test_node import children
 
-REQUESTS = int(os.environ.get("BZ_TEST_FUZZ", "20000"))
+REQUESTS = seeds(6_000, 100_000)
 WORKERS, CLIENTS = 2, 4
 ALLOWED = {100, 200, 202, 204, 206, 304} | {400, 401, 403, 404, 405, 409, 412, 413, 416, 417, 423, 429, 431, 503, 505}
 STATUS = re.compile(rb"HTTP/1\.1 ([0-9]{3}) [A-Za-z -]+\r\n(?:Date: [^\r]+\r\nServer: bzstream|\r\n)")
@@ -37,7 +38,7 @@ MORE = [text.encode() for text in (
 )]  # fmt: skip
 
 
-def seeds(node: Node) -> list[bytes]:
+def good_requests(node: Node) -> list[bytes]:
     """Requests that are good, to be made worse."""
     base = f"Host: x\r\nAuthorization: Bearer {TOKEN}\r\nX-Hotkey: {HOTKEY}\r\nX-Expert-Group: 0\r\n"
     bound = f"Host: x\r\nAuthorization: Bearer {node.validator_token}\r\n"
@@ -129,7 +130,7 @@ def resident(process: int) -> int:
 
 def fuzz(node: Node, seed: int, count: int) -> Counter[int]:
     """Send `count` mutated requests; how often each status was answered."""
-    rng, good = random.Random(seed), seeds(node)
+    rng, good = random.Random(seed), good_requests(node)
     seen: Counter[int] = Counter()
     for _ in range(count):
         data = mutate(rng, good)
@@ -146,7 +147,7 @@ def test_mutated_requests(fuzzed: Desk) -> None:
     node, rng = fuzzed.node, random.Random(20_260_102)
     workers = children(node.process.pid, "http")
     assert len(workers) == WORKERS
-    good = seeds(node)
+    good = good_requests(node)
     before = [descriptors(worker) for worker in workers]
     for _ in range(500 * WORKERS):  # what is allocated once is allocated now
         talk(node.port, rng.choice(good), rng)
