@@ -134,7 +134,7 @@ def resident(place: Path, quick: bool, device: str) -> dict[str, Any]:
     prepare_torch()
     windows = np.arange(WINDOWS * TOKENS, dtype=np.int64).reshape(WINDOWS, TOKENS)
     published = Published(open_snapshot(place / "store" / "snapshots" / "a"))
-    part = published.group(1)
+    part, bound = published.group(1), published.value_bound(1)
     reader = Reader(memory=512 << 20, timeout=60)
     before = _start_peak()
     model = ResidentModel(published, device=device)
@@ -156,7 +156,7 @@ def resident(place: Path, quick: bool, device: str) -> dict[str, Any]:
         reader.warm_up()
         time.sleep(1.0)  # the evaluator, too, has the next reading process started ahead
         began = time.perf_counter()
-        stored = timed("check the file (own process)", reader.read, fd, size, part.wanted)
+        stored = timed("check the file (own process)", reader.read, fd, size, part.wanted, bound)
         staged = timed("stage and hash", model.stage, fd, stored, 1)
         wearing = model.wearing(staged)
         timed("put on", wearing.__enter__)

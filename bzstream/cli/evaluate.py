@@ -85,7 +85,7 @@ def _evaluate(
         raise EvaluationError(f"{file} cannot be read: {error.strerror}") from None
     reader = Reader(memory=settings.evaluation.read_memory, timeout=settings.evaluation.read_timeout_s)
     try:
-        stored = reader.read(fd, os.fstat(fd).st_size, part.wanted)
+        stored = reader.read(fd, os.fstat(fd).st_size, part.wanted, published.value_bound(group))
         # Only a file that passed every check is worth the seconds that torch and the model take to load.
         from bzstream.evaluation.judge import Judge
 

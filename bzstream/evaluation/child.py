@@ -15,7 +15,7 @@ import sys
 import numpy as np
 
 from bzstream.evaluation.codes import Refusal
-from bzstream.evaluation.readers import Wanted, check_finite, survey
+from bzstream.evaluation.readers import Wanted, check_values, survey
 
 __all__ = ["main"]
 
@@ -45,20 +45,20 @@ def main(channel: int) -> None:
         job = json.loads(body)
         wanted = [Wanted(name, dtype, tuple(shape)) for name, dtype, shape in job["wanted"]]
         seccomp = _confine(memory=job["memory"], cpu=job["cpu"])
-        answer = json.dumps(_read(descriptors[0], job["size"], wanted, seccomp=seccomp)).encode()
+        answer = json.dumps(_read(descriptors[0], job["size"], wanted, job["bound"], seccomp=seccomp)).encode()
         while answer:
             answer = answer[os.write(channel, answer) :]
         os._exit(0)  # no finalizer needs a system call that is no longer there
 
 
-def _read(fd: int, size: int, wanted: list[Wanted], *, seccomp: bool) -> dict[str, object]:
+def _read(fd: int, size: int, wanted: list[Wanted], bound: int, *, seccomp: bool) -> dict[str, object]:
     def pread(length: int, offset: int) -> bytes:
         return os.pread(fd, length, offset)
 
     try:
         stored = survey(pread, size, wanted)
         for w, s in zip(wanted, stored, strict=True):
-            check_finite(pread, s, w.dtype)
+            check_values(pread, s, w.dtype, bound)
     except Refusal as refusal:
         return {"code": refusal.code, "detail": refusal.detail}
     except MemoryError:

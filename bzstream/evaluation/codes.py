@@ -34,7 +34,8 @@ REJECTED: dict[str, str] = {
     "wrong_keys": "The tensor names are not exactly those of the group's slice.",
     "wrong_dtype": "A tensor's dtype is neither the published one nor an allowed cast to it.",
     "wrong_shape": "A tensor's shape is not the published one.",
-    "non_finite": "A value is NaN or infinite, or becomes infinite in the published dtype.",
+    "non_finite": "A value, or its change to the published one, is NaN or infinite in the published dtype.",
+    "out_of_range": "A value is 64 times the published slice's largest magnitude or more; no training reaches that.",
     "too_costly": "Reading the file took more memory or time than any honest file of this group can.",
     # Scoring.
     "non_finite_loss": "The model's loss with these weights is not finite on some batch.",

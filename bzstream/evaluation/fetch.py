@@ -46,6 +46,14 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})")
 """RFC 9110 14.4, with a known total."""
 
 
+class _WaitedForRoom(Exception):
+    """The room is there now, after so many seconds; make the request again."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
+
+
 class Limits(NamedTuple):
     """What one fetch may take."""
 
@@ -80,9 +88,11 @@ def fetch(
     dialer: Dialer,
     *,
     cancelled: threading.Event,
-    reserve: Callable[[int], None] = lambda size: None,
+    reserve: Callable[[int], float] = lambda size: 0.0,
 ) -> Fetched:
-    """Fetch `url` into the new file `destination`; blocking. `reserve(bytes)` may wait for room before the body.
+    """Fetch `url` into the new file `destination`; blocking. `reserve(bytes)` may wait for room before the body and
+    gives the seconds waited. They do not count against the deadline, and the request is made again after them: the
+    server may have closed the connection meanwhile, and that is not its fault.
 
     Raises Refusal with a fetching code, Failure `spool_error`, CancelledFetch. Nothing is left on disk then.
     """
@@ -94,6 +104,9 @@ def fetch(
         try:
             size, connections = _attempt(url, destination, limits, dialer, deadline, cancelled, reserve)
             return Fetched(size, hash_file(destination), time.monotonic() - began, connections)
+        except _WaitedForRoom as wait:
+            deadline += wait.seconds
+            attempt -= 1
         except Refusal as refusal:
             _remove(destination)
             passing = refusal.code in _PASSING or (refusal.code == "http_status" and "passing" in refusal.detail)
@@ -165,7 +178,7 @@ def _attempt(
     dialer: Dialer,
     deadline: float,
     cancelled: threading.Event,
-    reserve: Callable[[int], None],
+    reserve: Callable[[int], float],
 ) -> tuple[int, int]:
     """One try: (bytes, connections used)."""
     watch = _Watch(limits, deadline, cancelled)
@@ -175,10 +188,12 @@ def _attempt(
         total = answer.total
         if total is not None and total > limits.max_bytes:
             raise Refusal("too_large", f"the file has {total} bytes; this group's has at most {limits.max_bytes}")
-        reserve(limits.max_bytes if total is None else total)
-        watch = _Watch(limits, deadline, cancelled)  # waiting for room is not the server's stall
-        watch.expected = limits.max_bytes // 4 if total is None else total
+        waited = reserve(limits.max_bytes if total is None else total)
+        if waited:
+            raise _WaitedForRoom(waited)
+        watch = _Watch(limits, deadline, cancelled)  # the body has its own time to stall in
         answer.watch = watch
+        watch.expected = limits.max_bytes // 4 if total is None else total
         descriptor = os.open(destination, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             received = answer.save(descriptor, 0)

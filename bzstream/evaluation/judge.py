@@ -91,7 +91,8 @@ class Judge:
     ) -> Verdict:
         """Score what is staged and give its buffer back. `seed`: hex digits; `began`: monotonic, for the record.
 
-        Raises Refusal `non_finite_loss`, Failure, InterruptedError on cancellation. The model is the baseline after.
+        Raises Refusal `non_finite`, `non_finite_loss`, Failure, InterruptedError on cancellation. The model is
+        the baseline after.
         """
         start = time.monotonic()
         deadline = start + self.settings.score_timeout_s

@@ -85,7 +85,8 @@ class Pipeline:
         self._fatal: EvaluationError | None = None
         self._chain: ChainState | None = None
         # The jobs
-        self._active: dict[str, Work] = {}
+        self._active: set[Work] = set()
+        """Every job from its claim until `_leave`; also one that was lost, until its stage has noticed."""
         self._preparing: set[asyncio.Task[None]] = set()
         self._verifying = asyncio.Semaphore(_VERIFIERS)
         self._ready: list[Work] = []
@@ -109,7 +110,7 @@ class Pipeline:
         finally:
             self._stopping = True
             stopped.cancel()
-            for work in self._active.values():
+            for work in self._active:
                 work.cancelled.set()
             self._tools.reader.close()
             for loop in loops:
@@ -135,7 +136,8 @@ class Pipeline:
             if free > 0 and self._library.current is not None:
                 claim = partial(self._ledger.claim, self._name, lease_s=self._settings.lease_s, limit=free)
                 for job in await self._call(claim):
-                    work = self._active[job.record.submission_id] = Work(job)
+                    work = Work(job, self._tools.spool.open(job.record.submission_id))
+                    self._active.add(work)
                     task = asyncio.create_task(self._prepare(work))
                     self._preparing.add(task)
                     task.add_done_callback(self._preparing.discard)
@@ -144,32 +146,49 @@ class Pipeline:
     async def _renewing(self) -> None:
         while True:
             await asyncio.sleep(self._settings.lease_s / 4)
-            works = list(self._active.values())
+            works = [work for work in self._active if not work.lost]
             if works:
                 jobs = [work.job for work in works]
                 held = await self._call(partial(self._ledger.renew, jobs, lease_s=self._settings.lease_s))
                 for work in works:
-                    if work.id not in held and self._active.get(work.id) is work:
-                        self._log.info("lost", submission=work.id)
-                        work.cancelled.set()
-                        self._active.pop(work.id)
+                    if work.id not in held and work in self._active:
+                        self._drop(work)
+
+    def _drop(self, work: Work) -> None:
+        """The lease is lost: to another evaluator, or because a later submission superseded this one."""
+        self._log.info("lost", submission=work.id)
+        work.lost = True
+        work.cancelled.set()
+        if work in self._ready:  # no stage is at work on it that would notice
+            self._ready.remove(work)
+            self._leave(work)
 
     async def _watching(self) -> None:
         """Follow the chain: new seeds, and the end of a round's fetches."""
         while True:
-            self._chain = await self._call(self._ledger.chain_state)
+            before, self._chain = self._chain, await self._call(self._ledger.chain_state)
             self._wake.set()
-            for work in self._active.values():
-                if work.record.status == "fetching" and self._too_late(work.record):
+            passed = self._chain.block - before.block if self._chain is not None and before is not None else 0
+            for work in self._active:
+                entry = work.entry
+                if entry.waited:  # for our room, now or since the last look: these blocks are ours, not the miner's
+                    if not work.waits:
+                        self._log.info("waiting for room in the spool", submission=work.id)
+                    work.waits = entry.waiting
+                    work.waited_blocks += max(0, passed)
+                    entry.waited = entry.waiting
+                elif work.record.status == "fetching" and self._too_late(work):
                     work.late = True
                     work.cancelled.set()
             await asyncio.sleep(self._settings.poll_s)
 
-    def _too_late(self, record: Record) -> bool:
+    def _too_late(self, work: Work) -> bool:
         """Whether the round's fetches have closed for a submission. A signed hash keeps it open: the file is fixed."""
+        record = work.record
         if self._chain is None or record.checkpoint_hash is not None:
             return False
-        return self._chain.block > self._cycle.seed_block(record.round) + self._settings.fetch_grace_blocks
+        grace = self._settings.fetch_grace_blocks + work.waited_blocks
+        return self._chain.block > self._cycle.seed_block(record.round) + grace
 
     def _seed(self, record: Record) -> str | None:
         return None if self._chain is None else self._chain.hashes.get(self._cycle.seed_block(record.round))
@@ -190,16 +209,16 @@ class Pipeline:
             raise _Lost from None
 
     async def _give_back(self) -> None:
-        for work in list(self._active.values()):
+        for work in list(self._active):
             if work.record.status not in FINAL:  # else the stop came right after the verdict
                 with contextlib.suppress(_Lost):
                     await self._advance(work, "queued")
             self._leave(work)
 
     def _leave(self, work: Work) -> None:
-        self._active.pop(work.id, None)
+        self._active.discard(work)
         work.unstage()
-        self._tools.spool.settle(work.id)
+        work.entry.release()
 
     # ---- Fetch and verify -----------------------------------------------------------------------------------------
 
@@ -216,8 +235,10 @@ class Pipeline:
             async with self._verifying:
                 if work.cancelled.is_set():
                     raise _Lost
-                await in_thread(partial(self._tools.read, work, part), "verify")
+                await in_thread(partial(self._tools.read, work), "verify")
             seconds = {"fetch_s": round(fetched - began, 3), "verify_s": round(time.monotonic() - fetched, 3)}
+            if work.lost:
+                raise _Lost
             self._log.info("verified", submission=work.id, **seconds)
             self._ready.append(work)
             self._wake.set()
@@ -232,14 +253,14 @@ class Pipeline:
             raise Failure("version_gone", "the store holds no snapshot")
         before = [snapshot for snapshot in snapshots if snapshot.block <= work.record.round]
         snapshot = before[0] if before else snapshots[-1]
-        work.version = snapshot.version
         if snapshot.version not in self._published:
             self._published[snapshot.version] = Published(snapshot)
-        return self._published[snapshot.version].group(work.record.expert_group)
+        work.published = self._published[snapshot.version]
+        return work.published.group(work.record.expert_group)
 
     def _forget_versions(self) -> None:
         """Let go of versions that nothing needs, so that the disk gets their room back once the store drops them."""
-        needed = {work.version for work in self._active.values()}
+        needed = {work.published.version for work in self._active if work.published is not None}
         if self._judge is not None:
             needed.add(self._judge.version)
         for version in self._published.keys() - needed:
@@ -250,7 +271,6 @@ class Pipeline:
     async def _staging(self) -> None:
         """Put the next submission whose seed is known into a staging buffer, one ahead of the judge."""
         while self._fatal is None:
-            self._ready = [work for work in self._ready if not work.cancelled.is_set()]
             due = [work for work in self._ready if self._seed(work.record) is not None]
             if not due:
                 self._wake.clear()
@@ -265,16 +285,16 @@ class Pipeline:
 
     async def _judge_of(self, work: Work) -> Judge:
         """The judge for the submission's version, loaded now if another is resident (the old one goes first)."""
-        if self._judge is None or self._judge.version != work.version:
+        published = work.published
+        assert published is not None
+        if self._judge is None or self._judge.version != published.version:
             await self._staged.join()
             await self._dismiss_judge()
-            assert work.version is not None
-            published = self._published[work.version]
-            self._log.info("loading the model", version=work.version)
+            self._log.info("loading the model", version=published.version)
             try:
                 self._judge = await self._torch.run(partial(self._make_judge, published))
             except Failure as failure:  # not this submission's doing
-                raise EvaluationError(f"version {work.version} cannot be loaded: {failure.detail}") from None
+                raise EvaluationError(f"version {published.version} cannot be loaded: {failure.detail}") from None
         return self._judge
 
     async def _dismiss_judge(self) -> None:
@@ -302,7 +322,7 @@ class Pipeline:
             raise ModelClosed  # it was closed after an error, or the chain went back: stage again
         if await self._call(partial(has_twin, self._ledger, self._records, record, staged.weights)):
             raise Refusal("duplicate_weights", "the weights are those of a submission with precedence")
-        await self._advance(work, "evaluating", model_version=work.version)
+        await self._advance(work, "evaluating", model_version=judge.version)
         work.staged = None  # the judge closes it
         judging = partial(
             judge.judge,
@@ -349,8 +369,11 @@ class Pipeline:
             yield
         except ModelClosed:
             work.unstage()
-            self._ready.append(work)
-            self._wake.set()
+            if work.lost:
+                self._leave(work)
+            else:
+                self._ready.append(work)
+                self._wake.set()
         except (CancelledFetch, InterruptedError, _Lost):
             if work.late and work.record.status == "fetching":
                 await self._end(work, "rejected", "fetch_timeout", "the file had not arrived when the round closed")

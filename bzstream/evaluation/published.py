@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from bzstream.evaluation.codes import EvaluationError, Failure
-from bzstream.evaluation.readers import Wanted, wanted_of
+from bzstream.evaluation.readers import Wanted, published_exponent, value_bound, wanted_of
 from bzstream.model import Snapshot
 from bzstream.payload import Extent, Payload
 from bzstream.tensorfile import Head, head_size, parse_head
@@ -53,6 +54,8 @@ class Published:
         self._snapshot = snapshot
         snapshot.retain()
         self._parts: dict[int | None, Part | None] = {}
+        self._bounds: dict[int, int] = {}
+        self._bounds_lock = threading.Lock()
 
     def close(self) -> None:
         self._snapshot.release()
@@ -70,6 +73,24 @@ class Published:
         if part is None:
             raise Failure("unknown_group", f"version {self.version} has no expert group {group}")
         return part
+
+    def value_bound(self, group: int) -> int:
+        """The exponent b of a group: no training reaches a magnitude of 2**b (`readers`). Any thread may call it.
+
+        The first call for a group reads its slice. Raises Failure `unknown_group`, `baseline_not_finite`.
+        """
+        part = self.group(group)
+        with self._bounds_lock:
+            if group not in self._bounds:
+
+                def pread(length: int, offset: int) -> bytes:
+                    return bytes(part.payload[offset : offset + length].read())
+
+                exponents = [
+                    published_exponent(pread, at, wanted) for at, wanted in zip(part.offsets, part.wanted, strict=True)
+                ]
+                self._bounds[group] = value_bound(exponents)
+            return self._bounds[group]
 
     def _part(self, group: int | None) -> Part | None:
         if group not in self._parts:

@@ -3,28 +3,42 @@
 Two formats, one answer. A `.safetensors` head (strict parser in `bzstream.tensorfile`) and a `.pt` file
 (`ptfile.py`) both come down to byte ranges; a file is what its first bytes say, whatever its URL ends with. The ranges
 are held against what was published: the same names, no more and no fewer; the published dtype or an allowed cast to
-it; the same shapes; and every value finite *after* the cast, for 1e39 is a fine float32 and an infinite bfloat16.
+it; the same shapes; every value finite *after* the cast, for 1e39 is a fine float32 and an infinite bfloat16; and
+every value within what training can reach, for one finite but enormous value makes sums over the whole slice infinite.
 
-Whether a value is finite is asked of its bits: with the sign cleared, the bits of an IEEE number grow with its
-magnitude, and from some pattern on they mean infinity or NaN. So one AND and one maximum over integers decides for
-every dtype and cast, without a float operation and at the speed of memory.
+Both are asked of a value's bits: with the sign cleared, the bits of an IEEE number grow with its magnitude, and from
+some pattern on they mean infinity or NaN. So one AND and one maximum over integers decides for every dtype and cast,
+without a float operation and at the speed of memory. The bound is a power of two, so that its bits are exact in every
+dtype: 64 times the largest magnitude in the published slice, taken as at least 1, rounded up. Adam moves a weight by
+about the learning rate a step, so that 1,000 steps at 1e-3 move it by 1; weights beyond 64 times the largest one that
+was published are no result of training.
 
 Nothing here maps the file: `pread` into one buffer cannot raise SIGBUS and keeps the reader's memory small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
 import numpy as np
 
-from bzstream.evaluation.codes import EvaluationError, Refusal
+from bzstream.evaluation.codes import EvaluationError, Failure, Refusal
 from bzstream.evaluation.ptfile import ITEM_SIZES, Stored, is_zip, read_pt
 from bzstream.tensorfile import MAX_HEAD, Head, TensorFileError, head_size, parse_head
 
-__all__ = ["CASTS", "Wanted", "allowed_dtypes", "check_finite", "largest_file", "survey", "wanted_of"]
+__all__ = [
+    "CASTS",
+    "Wanted",
+    "allowed_dtypes",
+    "check_values",
+    "largest_file",
+    "published_exponent",
+    "survey",
+    "value_bound",
+    "wanted_of",
+]
 
 Pread = Callable[[int, int], bytes]
 """`pread(length, offset)`: up to `length` bytes of the file from `offset`."""
@@ -59,6 +73,14 @@ _FIRST_BAD: Mapping[tuple[str, str], int] = {
 }
 """(dtype in the file, published dtype) -> the smallest magnitude bits that are not finite once cast (round to nearest,
 ties to even)."""
+
+_FLOAT_FORMATS: Mapping[str, tuple[int, int]] = {
+    "F64": (52, 1023), "F32": (23, 127), "F16": (10, 15), "BF16": (7, 127), "F8_E4M3": (3, 7), "F8_E5M2": (2, 15),
+}  # fmt: skip
+"""Floating-point dtype -> (bits of its mantissa, bias of its exponent)."""
+
+_REACH = 6
+"""Training reaches less than 2**6 = 64 times the largest published magnitude."""
 
 _EXACT = ("U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64")
 """Published dtypes that have no infinities and take no cast."""
@@ -132,23 +154,55 @@ def _max_head(wanted: Sequence[Wanted]) -> int:
     return max(MAX_HEAD, sum(256 + 2 * len(w.name) for w in wanted))
 
 
-def check_finite(pread: Pread, stored: Stored, published: str) -> None:
-    """Raises Refusal `non_finite` when a value of the tensor is not finite once cast to `published`."""
-    limit = _FIRST_BAD.get((stored.dtype, published))
-    if limit is None:
+def value_bound(exponents: Sequence[int]) -> int:
+    """The exponent b of a slice whose published tensors have these: magnitudes of 2**b or more are refused."""
+    return max([0, *exponents]) + _REACH
+
+
+def published_exponent(pread: Pread, offset: int, wanted: Wanted) -> int:
+    """The smallest e such that every magnitude of a published tensor is below 2**e; 0 for dtypes that are no floats.
+
+    Raises Failure `baseline_not_finite` when the published tensor holds a value that is not finite.
+    """
+    if wanted.dtype not in _FLOAT_FORMATS:
+        return 0
+    largest = max((bits for _, bits in _maxima(pread, offset, wanted.nbytes, wanted.dtype)), default=0)
+    if largest >= _FIRST_BAD[wanted.dtype, wanted.dtype]:
+        raise Failure("baseline_not_finite", f"the published tensor {wanted.name!r} holds a value that is not finite")
+    mantissa, bias = _FLOAT_FORMATS[wanted.dtype]
+    return (largest >> mantissa) - bias + 1
+
+
+def check_values(pread: Pread, stored: Stored, published: str, bound: int) -> None:
+    """Check every value of a tensor of a submitted file.
+
+    Raises Refusal: `non_finite` when one is not finite once cast to `published`, `out_of_range` when the magnitude of
+    one is 2**bound or more.
+    """
+    not_finite = _FIRST_BAD.get((stored.dtype, published))
+    if not_finite is None:
         return
-    width = ITEM_SIZES[stored.dtype]
-    magnitude = (1 << (8 * width - 1)) - 1
+    mantissa, bias = _FLOAT_FORMATS[stored.dtype]
+    limit = min(not_finite, (bound + bias) << mantissa)
+    for position, largest in _maxima(pread, stored.offset, stored.nbytes, stored.dtype):
+        where = f"{stored.name!r} holds a value in its bytes {position} to {position + _CHUNK} that"
+        if largest >= not_finite:
+            raise Refusal("non_finite", f"{where} is not finite in {published}")
+        if largest >= limit:
+            raise Refusal("out_of_range", f"{where} is 2^{bound} or more, beyond what training can reach")
+
+
+def _maxima(pread: Pread, offset: int, nbytes: int, dtype: str) -> Iterator[tuple[int, int]]:
+    """(position, largest magnitude bits) of each chunk of a tensor. Raises Refusal `truncated`."""
+    width = ITEM_SIZES[dtype]
     kind = np.dtype(f"<u{width}")
+    magnitude = kind.type((1 << (8 * width - 1)) - 1)
     scratch = np.empty(_CHUNK // width, kind)
     done = 0
-    while done < stored.nbytes:
-        raw = pread(min(_CHUNK, stored.nbytes - done), stored.offset + done)
+    while done < nbytes:
+        raw = pread(min(_CHUNK, nbytes - done), offset + done)
         if not raw or len(raw) % width:
-            raise Refusal("truncated", f"{stored.name!r} is cut short")
+            raise Refusal("truncated", "a tensor is cut short")
         bits = np.frombuffer(raw, kind)
-        masked = np.bitwise_and(bits, kind.type(magnitude), out=scratch[: len(bits)])
-        if int(masked.max()) >= limit:
-            index = done // width + int(np.argmax(masked >= limit))
-            raise Refusal("non_finite", f"{stored.name!r} holds a value that is not finite in {published}, at {index}")
+        yield done, int(np.bitwise_and(bits, magnitude, out=scratch[: len(bits)]).max())
         done += len(raw)

@@ -17,6 +17,7 @@ All methods that touch parameters belong to one thread at a time; `stage` may ru
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 from bzstream.evaluation.bindings import Piece, bind, missing
-from bzstream.evaluation.codes import EvaluationError, Failure, ModelClosed
+from bzstream.evaluation.codes import EvaluationError, Failure, ModelClosed, Refusal
 from bzstream.evaluation.module import DTYPES, build_module, ignored_names, map_errors, state_of
 from bzstream.evaluation.ptfile import ITEM_SIZES, Stored
 from bzstream.evaluation.published import Part, Published, read_into
@@ -332,9 +333,10 @@ class ResidentModel:
         return not hasattr(self.module, "config")
 
     def sketch(self, staged: Staged, seed: str) -> tuple[float, ...]:
-        """The count sketch (`scoring`) of the submission's change to the baseline; `SKETCH` numbers.
+        """The count sketch (`scoring`) of the submission's change to the baseline; `SKETCH` finite numbers.
 
-        Call it while the model does *not* wear the submission.
+        Call it while the model does *not* wear the submission. Raises Refusal `non_finite` when the change is not
+        finite in float32.
         """
         raw = np.random.Philox(key=derive("bzstream-sketch-1", seed) % (1 << 128)).random_raw(_TILE // 64)
         bits = np.unpackbits(np.asarray(raw, "<u8").view(np.uint8)).astype(np.float32)
@@ -359,7 +361,10 @@ class ResidentModel:
                     folded = torch.nn.functional.pad(change, (0, short)).view(-1, SKETCH).sum(0, dtype=torch.float64)
                     total += folded if (draw >> 128) & 1 else -folded
                     tile += 1
-            return tuple(float(value) for value in total.float().tolist())
+            sketch = tuple(float(value) for value in total.float().tolist())
+        if not all(map(math.isfinite, sketch)):
+            raise Refusal("non_finite", "the change to the published weights is not finite")
+        return sketch
 
     def close(self) -> None:
         """Free the model's memory; the object is of no use after, and `stage` raises ModelClosed."""

@@ -86,15 +86,18 @@ class Reader:
         self.confinement = "unknown"
         """How the last file was read: "seccomp" or "limits"."""
 
-    def read(self, fd: int, size: int, wanted: Sequence[Wanted]) -> list[Stored]:
+    def read(self, fd: int, size: int, wanted: Sequence[Wanted], bound: int) -> list[Stored]:
         """Where each wanted tensor lies in the open file of `size` bytes; every check of `readers` has passed.
+
+        `bound`: magnitudes of 2**bound or more are refused (`Published.value_bound`).
 
         Raises Refusal for the file's fault and Failure `reader_crashed` for ours.
         """
         child = self._take()
         try:
             deadline = time.monotonic() + self._timeout
-            job = {"size": size, "memory": self._memory, "cpu": int(self._timeout) + 1, "wanted": wanted}
+            job: dict[str, object] = {"size": size, "memory": self._memory, "cpu": int(self._timeout) + 1}
+            job |= {"wanted": wanted, "bound": bound}
             try:
                 socket.send_fds(child.socket, [len(body := json.dumps(job).encode()).to_bytes(8, "little")], [fd])
                 child.socket.settimeout(self._timeout)

@@ -106,12 +106,16 @@ class Fingerprint(NamedTuple):
 
 
 def are_copies(a: Fingerprint, b: Fingerprint, distance: float) -> bool:
-    """Whether two submissions for one group are the same work, by bytes or by distance."""
+    """Whether two submissions for one group are the same work, by bytes or by distance.
+
+    A distance that is not finite says nothing, so it never makes a copy.
+    """
     if a.weights == b.weights:
         return True
     left, right = np.asarray(a.sketch), np.asarray(b.sketch)
     larger = max(float(np.linalg.norm(left)), float(np.linalg.norm(right)))
-    return float(np.linalg.norm(left - right)) <= distance * larger
+    apart = float(np.linalg.norm(left - right))
+    return math.isfinite(apart) and math.isfinite(larger) and apart <= distance * larger
 
 
 def copies(candidates: Sequence[Fingerprint], distance: float) -> dict[str, str]:

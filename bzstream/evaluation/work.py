@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bzstream.config import EvaluationSettings
@@ -17,10 +16,10 @@ from bzstream.evaluation.codes import Failure
 from bzstream.evaluation.dial import Dialer
 from bzstream.evaluation.fetch import CancelledFetch, Limits, fetch, hash_file
 from bzstream.evaluation.ptfile import Stored
-from bzstream.evaluation.published import Part
+from bzstream.evaluation.published import Part, Published
 from bzstream.evaluation.readers import largest_file
 from bzstream.evaluation.sandbox import Reader
-from bzstream.evaluation.spool import Spool
+from bzstream.evaluation.spool import Spool, SpoolEntry
 from bzstream.submissions.records import Job, Record
 
 if TYPE_CHECKING:
@@ -33,13 +32,20 @@ __all__ = ["Tools", "Work"]
 class Work:
     """One claimed submission on its way. Each stage fills in what the next one needs."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, entry: SpoolEntry) -> None:
         self.job = job
+        self.entry = entry
+        """Its place in the spool."""
         self.cancelled = threading.Event()
+        self.lost = False
+        """The lease is lost; the job is dropped as soon as its stage notices."""
         self.late = False
         """The round's fetches closed while this one was under way."""
-        self.path: Path | None = None
-        self.version: str | None = None
+        self.waits = False
+        """It was waiting for room in the spool at the last look, and the log has said so."""
+        self.waited_blocks = 0
+        """Blocks for which it waited for our room; they do not count against its miner."""
+        self.published: Published | None = None
         self.stored: list[Stored] = []
         self.judge: Judge | None = None
         self.staged: Staged | None = None
@@ -68,24 +74,25 @@ class Tools:
         self.dialer = dialer
         self.reader = reader
 
-    def fetch(self, work: Work, part: Part, too_late: Callable[[Record], bool]) -> str:
+    def fetch(self, work: Work, part: Part, too_late: Callable[[Work], bool]) -> str:
         """The whole file in the spool, from an earlier attempt or by the network; its SHA-256 in hex.
 
         Raises Refusal, Failure, CancelledFetch.
         """
-        record, spool, settings = work.record, self.spool, self.settings
-        work.path = spool.path(work.id)
-        if spool.find(work.id) is not None:
-            digest = hash_file(work.path)
+        record, entry, settings = work.record, work.entry, self.settings
+        if entry.find():
+            digest = hash_file(entry.path)
             if record.content_hash in (None, f"sha256:{digest}"):
                 return digest
-            work.path.unlink()
-        if too_late(record):
+            entry.discard()
+        if too_late(work):
             raise Failure("fetched_too_late", "the round closed before this evaluator could fetch the file")
 
-        def reserve(size: int) -> None:
-            if not spool.reserve(work.id, size, work.cancelled.is_set):
+        def reserve(size: int) -> float:
+            waited = entry.reserve(size, work.cancelled.is_set)
+            if waited is None:
                 raise CancelledFetch
+            return waited
 
         limits = Limits(
             max_bytes=largest_file(part.wanted),
@@ -96,16 +103,19 @@ class Tools:
             attempts=settings.fetch_attempts,
         )
         self.reader.warm_up()
-        draft = spool.draft(work.id)
+        draft = entry.draft()
         found = fetch(record.checkpoint_url, draft, limits, self.dialer, cancelled=work.cancelled, reserve=reserve)
-        spool.keep(work.id)
+        entry.keep()
         return found.sha256
 
-    def read(self, work: Work, part: Part) -> None:
+    def read(self, work: Work) -> None:
         """Check the spooled file, in a process of its own. Raises Refusal, Failure."""
+        group, published = work.record.expert_group, work.published
+        assert published is not None
+        bound = published.value_bound(group)
         fd = _open(work)
         try:
-            work.stored = self.reader.read(fd, os.fstat(fd).st_size, part.wanted)
+            work.stored = self.reader.read(fd, os.fstat(fd).st_size, published.group(group).wanted, bound)
         finally:
             os.close(fd)
 
@@ -119,8 +129,7 @@ class Tools:
 
 
 def _open(work: Work) -> int:
-    assert work.path is not None
     try:
-        return os.open(work.path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(work.entry.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise Failure("spool_error", f"the spooled file cannot be read: {error.strerror}") from None

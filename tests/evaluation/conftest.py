@@ -90,6 +90,12 @@ def wanted(published: Published) -> tuple[Wanted, ...]:
 
 
 @pytest.fixture(scope="session")
+def bound(published: Published) -> int:
+    """Magnitudes of 2**bound or more are refused for group 1."""
+    return published.value_bound(1)
+
+
+@pytest.fixture(scope="session")
 def honest_tensors(toy: Toy, published: Published) -> dict[str, np.ndarray]:
     """The honest submission as float32 arrays, in published order."""
     from safetensors import safe_open

@@ -331,6 +331,51 @@ def nan_in_float16(tensors: Tensors) -> bytes:
     return honest(with_value(tensors, float("nan")), "F16")
 
 
+BFLOAT16_MAX = float.fromhex("0x1.fep127")
+
+
+def behind_a_dead_unit(tensors: Tensors, value: float) -> dict[str, np.ndarray[Any, Any]]:
+    """Expert 0's last hidden unit computes 0, so that `value` in its outgoing weights changes no loss at all."""
+    copy = {name: array.copy() for name, array in tensors.items()}
+    for name, array in copy.items():
+        if "gate_up_proj" in name:
+            array[0, array.shape[1] // 2 - 1] = array[0, -1] = 0
+        elif "down_proj" in name:
+            array[0, :, -1] = value
+    return copy
+
+
+@kind("out_of_range")
+def enormous_behind_a_dead_unit(tensors: Tensors) -> bytes:
+    return honest(behind_a_dead_unit(tensors, BFLOAT16_MAX))
+
+
+@kind("out_of_range")
+def enormous_and_negative(tensors: Tensors) -> bytes:
+    return honest(with_value(tensors, -BFLOAT16_MAX, last=True))
+
+
+@kind("out_of_range")
+def enormous_in_float32(tensors: Tensors) -> bytes:
+    return honest(with_value(tensors, 1e30), "F32")
+
+
+@kind("out_of_range")
+def the_largest_float16(tensors: Tensors) -> bytes:
+    return honest(with_value(tensors, 65504.0), "F16")
+
+
+@kind("non_finite")
+def a_nan_with_a_payload(tensors: Tensors) -> bytes:
+    head, data = layout(tensors, "F32")
+    return raw(head, struct.pack("<I", 0xFF80_0001) + data[4:])
+
+
+@kind("non_finite")
+def infinity_in_float16(tensors: Tensors) -> bytes:
+    return honest(with_value(tensors, float("-inf")), "F16")
+
+
 # ---- zips ---------------------------------------------------------------------------------------------------------
 
 
@@ -554,6 +599,25 @@ def pt_in_float64(tensors: Tensors) -> bytes:
 @kind("non_finite")
 def nan_in_a_pt(tensors: Tensors) -> bytes:
     return honest_pt(with_value(tensors, float("nan"), last=True))
+
+
+@kind("non_finite")
+def infinity_in_a_pt(tensors: Tensors) -> bytes:
+    return honest_pt(with_value(tensors, float("inf")))
+
+
+@kind("non_finite")
+def pt_in_float32_finite_until_cast(tensors: Tensors) -> bytes:
+    wide = {str(i): a.astype("<f4").tobytes() for i, a in enumerate(with_value(tensors, 3.4e38).values())}
+    stream = Pickle().add(b"}(")
+    for index, (name, array) in enumerate(tensors.items()):
+        stream.text(name).tensor(str(index), array.shape, storage="FloatStorage")
+    return archive(stream.add(b"u").done(), wide)
+
+
+@kind("out_of_range")
+def enormous_in_a_pt(tensors: Tensors) -> bytes:
+    return honest_pt(behind_a_dead_unit(tensors, -BFLOAT16_MAX))
 
 
 @kind("not_safetensors_or_pt")

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import structlog
 
 from bzstream.chain.clock import Cycle
 from bzstream.chain.simulated import block_hash
@@ -28,7 +29,7 @@ from bzstream.submissions.ledger import Ledger
 from bzstream.submissions.records import Accepted, Candidate, Record, Submission
 from bzstream.submissions.states import FINAL
 from tests.evaluation.conftest import BLOCK, Toy
-from tests.evaluation.hostile import FILES, honest
+from tests.evaluation.hostile import BFLOAT16_MAX, FILES, behind_a_dead_unit, honest
 from tests.evaluation.servers import LATER, SERVERS, Server, serving
 
 CYCLE = Cycle()
@@ -293,6 +294,73 @@ def test_a_superseded_submission_is_dropped_wherever_it_is(field: Field, toy: To
     first, second = asyncio.run(main())
     assert outcome(field.find(first)) == ("rejected", "superseded")
     assert outcome(field.find(second)) == ("scored", None)
+
+
+def test_a_superseded_submission_gives_its_room_back_wherever_it_waits(
+    toy: Toy, server: Server, tmp_path: Path
+) -> None:
+    """The first waits for its seed and holds all room there is, the second waits for that room; a third replaces both.
+
+    The third gets the room, waits for it longer than a fetch may take and longer than the round is open, and counts.
+    """
+    server.files["honest"] = toy.improved.read_bytes()
+    size = len(server.files["honest"])
+    field = Field(toy, tmp_path, spool_bytes=size * 3 // 2, lease_s=2.0, fetch_timeout_s=3.0)
+    field.at(SEED_BLOCK - 1)
+    closed = SEED_BLOCK + field.settings.evaluation.fetch_grace_blocks + 5
+    hotkeys = ["5F" + str(i) * 46 for i in range(2)]
+    url = server.url("files/honest")
+
+    def asked() -> int:
+        return server.requests.count("/files/honest")
+
+    async def main() -> None:
+        async with field.evaluating() as task:
+            first = field.submit(url, hotkey=hotkeys[0], block=BLOCK)
+            await field.until(lambda: field.find(first).status == "verifying", task)
+            second = field.submit(url, hotkey=hotkeys[1], block=BLOCK)
+            await field.until(lambda: asked() == 2, task)
+            third = field.submit(url, hotkey=hotkeys[1], block=BLOCK + 1)
+            await field.until(lambda: outcome(field.find(second)) == ("rejected", "superseded"), task)
+            await field.until(lambda: asked() == 3, task)
+            began = time.monotonic()
+            # Longer than a fetch may take. The first one's lease is renewed all the while.
+            await field.until(lambda: time.monotonic() > began + field.settings.evaluation.fetch_timeout_s, task)
+            assert field.find(third).status == "fetching"
+            fourth = field.submit(url, hotkey=hotkeys[0], block=BLOCK + 1)  # the first is dropped as it waits
+            await field.until(lambda: field.find(third).status == "verifying", task)
+            await field.until(lambda: asked() == 5, task)  # the third again, now that it has room; and the fourth
+            await field.until(partial(waits_for_room, fourth), task)
+            field.at(closed)
+            names = [first, second, third, fourth]
+            await field.until(field.all_final(names), task)
+            assert [outcome(field.find(name)) for name in names[:2]] == [("rejected", "superseded")] * 2
+            # Of the last two, which are the same bytes, one counts; neither was late.
+            assert sorted(outcome(field.find(name)) for name in names[2:]) == [
+                ("rejected", "duplicate_weights"),
+                ("scored", None),
+            ]
+
+    with structlog.testing.capture_logs() as logs:
+
+        def waits_for_room(name: str) -> bool:
+            return any(log["event"].startswith("waiting for room") and log["submission"] == name for log in logs)
+
+        asyncio.run(main())
+    field.close()
+
+
+def test_one_enormous_value_erases_nobody_but_its_author(
+    field: Field, toy: Toy, server: Server, honest_tensors: dict[str, np.ndarray]
+) -> None:
+    """It used to make the sketch infinite, and every honest submission of the group a copy of it."""
+    server.files["attack"] = honest(behind_a_dead_unit(honest_tensors, BFLOAT16_MAX))
+    server.files["honest"] = toy.improved.read_bytes()
+    server.files["hard"] = honest({name: array + 3 * np.sign(array) for name, array in honest_tensors.items()})
+    field.at(SEED_BLOCK)
+    attack, *others = (field.submit(server.url(f"files/{name}")) for name in ("attack", "honest", "hard"))
+    found = field.run([attack, *others])
+    assert [outcome(record) for record in found] == [("rejected", "out_of_range"), ("scored", None), ("scored", None)]
 
 
 def test_what_arrives_after_the_round_closed_does_not_count(field: Field, toy: Toy, server: Server) -> None:

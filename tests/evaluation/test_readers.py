@@ -20,7 +20,15 @@ from hypothesis import strategies as st
 
 from bzstream.evaluation.codes import REJECTED, EvaluationError, Failure, Refusal
 from bzstream.evaluation.ptfile import Stored, is_zip, read_pt
-from bzstream.evaluation.readers import CASTS, Wanted, check_finite, largest_file, survey
+from bzstream.evaluation.readers import (
+    CASTS,
+    Wanted,
+    check_values,
+    largest_file,
+    published_exponent,
+    survey,
+    value_bound,
+)
 from bzstream.evaluation.sandbox import Reader
 from bzstream.tensorfile import tensor_bytes
 from tests.evaluation.hostile import FILES, honest, honest_pt
@@ -29,7 +37,7 @@ Read = Callable[[bytes], list[Stored]]
 
 
 @pytest.fixture
-def read(wanted: tuple[Wanted, ...]) -> Read:
+def read(wanted: tuple[Wanted, ...], bound: int) -> Read:
     """The reading process's work in this one: `test_pipeline.py` sends every hostile file through real ones."""
 
     def run(data: bytes) -> list[Stored]:
@@ -38,7 +46,7 @@ def read(wanted: tuple[Wanted, ...]) -> Read:
 
         found = survey(pread, len(data), wanted)
         for stored, w in zip(found, wanted, strict=True):
-            check_finite(pread, stored, w.dtype)
+            check_values(pread, stored, w.dtype, bound)
         return found
 
     return run
@@ -63,13 +71,17 @@ def test_there_are_many_kinds_of_hostile_file() -> None:
 
 @pytest.mark.parametrize("make", [honest, honest_pt, lambda t: honest(t, "F32"), lambda t: honest(t, "F16")])
 def test_honest_files_are_read(
-    make: Callable[[Any], bytes], reader: Reader, honest_tensors: dict[str, Any], wanted: tuple[Wanted, ...]
+    make: Callable[[Any], bytes],
+    reader: Reader,
+    honest_tensors: dict[str, Any],
+    wanted: tuple[Wanted, ...],
+    bound: int,
 ) -> None:
     data = make(honest_tensors)
     with tempfile.TemporaryFile() as file:
         file.write(data)
         file.flush()
-        found = reader.read(file.fileno(), len(data), wanted)
+        found = reader.read(file.fileno(), len(data), wanted, bound)
     for stored, w in zip(found, wanted, strict=True):
         raw = data[stored.offset : stored.offset + stored.nbytes]
         kind = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}[stored.dtype]
@@ -129,7 +141,7 @@ def test_what_torch_save_can_write_beyond_plain_tensors_is_refused(
     assert caught.value.code in codes, caught.value.detail
 
 
-# ---- Values that are not finite -----------------------------------------------------------------------------------
+# ---- Values that are not finite, or beyond what training reaches ---------------------------------------------------
 
 _TORCH = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64,
@@ -138,43 +150,77 @@ _TORCH = {
 _FLOATS = [(source, published) for published, sources in CASTS.items() for source in sources if published in _TORCH]
 
 
-def _is_refused(raw: bytes, source: str, published: str) -> bool:
+def _refusal(raw: bytes, source: str, published: str, bound: int = 1000) -> str | None:
+    """The code that values end in, None when they pass."""
     stored = Stored("x", source, (len(raw) // (tensor_bytes(source, (1,)) or 1),), 0, len(raw))
     try:
-        check_finite(lambda length, offset: raw[offset : offset + length], stored, published)
+        check_values(lambda length, offset: raw[offset : offset + length], stored, published, bound)
     except Refusal as refusal:
-        return refusal.code == "non_finite"
-    return False
+        return refusal.code
+    return None
 
 
 @pytest.mark.parametrize(("source", "published"), [pair for pair in _FLOATS if tensor_bytes(pair[0], (1,)) <= 2])
 def test_every_value_of_small_dtypes_is_judged_as_torch_casts_it(source: str, published: str) -> None:
     width = tensor_bytes(source, (1,))
     values = np.arange(1 << (8 * width), dtype=f"<u{width}")
-    cast = torch.frombuffer(bytearray(values.tobytes()), dtype=_TORCH[source]).to(_TORCH[published])
-    finite = torch.isfinite(cast.float()).numpy()
-    sample = np.r_[0 : len(values) : 97, np.flatnonzero(np.diff(finite)), np.flatnonzero(np.diff(finite)) + 1]
-    for value in values[np.unique(sample)]:
-        assert _is_refused(value.tobytes(), source, published) == (not finite[int(value)])
+    mine = torch.frombuffer(bytearray(values.tobytes()), dtype=_TORCH[source])
+    finite = torch.isfinite(mine.to(_TORCH[published]).float()).numpy()
+    magnitude = mine.double().abs().numpy()
+    for bound in (6, 9, 15, 1000):
+        within = magnitude < 2.0**bound
+        edges = np.flatnonzero(np.diff(finite) | np.diff(within))
+        for value in values[np.unique(np.r_[0 : len(values) : 97, edges, edges + 1])]:
+            expected = "non_finite" if not finite[int(value)] else None if within[int(value)] else "out_of_range"
+            assert _refusal(value.tobytes(), source, published, bound) == expected
 
 
 @pytest.mark.parametrize("published", ["F32", "BF16", "F16"])
 @given(
-    bits=st.integers(0, (1 << 32) - 1) | st.sampled_from([0x7F7F7FFF, 0x7F7F8000, 0x477FEFFF, 0x477FF000, 0xFF7F8000])
+    bits=st.integers(0, (1 << 32) - 1) | st.sampled_from([0x7F7F7FFF, 0x7F7F8000, 0x477FEFFF, 0x477FF000, 0xFF7F8000]),
+    bound=st.integers(6, 140),
 )
-def test_float32_is_judged_as_torch_casts_it(published: str, bits: int) -> None:
+def test_float32_is_judged_as_torch_casts_it(published: str, bits: int, bound: int) -> None:
     raw = bits.to_bytes(4, "little")
-    cast = torch.frombuffer(bytearray(raw), dtype=torch.float32).to(_TORCH[published])
-    assert _is_refused(raw, "F32", published) == (not bool(torch.isfinite(cast)))
+    value = torch.frombuffer(bytearray(raw), dtype=torch.float32)
+    if not bool(torch.isfinite(value.to(_TORCH[published]))):
+        assert _refusal(raw, "F32", published, bound) == "non_finite"
+    else:
+        assert _refusal(raw, "F32", published, bound) == (None if abs(float(value)) < 2.0**bound else "out_of_range")
 
 
 @given(st.data())
 def test_a_bad_value_is_found_wherever_it_is(data: st.DataObject) -> None:
     count = data.draw(st.sampled_from([1, 1000, (1 << 19) - 1, 1 << 19, (1 << 19) + 1]))
     values = np.zeros(count, "<u2")
-    assert not _is_refused(values.tobytes(), "BF16", "BF16")
-    values[data.draw(st.integers(0, count - 1))] = data.draw(st.sampled_from([0x7F80, 0xFF80, 0x7FC0, 0xFFFF]))
-    assert _is_refused(values.tobytes(), "BF16", "BF16")
+    assert _refusal(values.tobytes(), "BF16", "BF16", 6) is None
+    value, code = data.draw(
+        st.sampled_from(
+            [(0x7F80, "non_finite"), (0xFF80, "non_finite"), (0xFFFF, "non_finite"), (0xC280, "out_of_range")]
+        )
+    )
+    values[data.draw(st.integers(0, count - 1))] = value
+    assert _refusal(values.tobytes(), "BF16", "BF16", 6) == code
+
+
+@given(st.lists(st.floats(width=16, allow_nan=False, allow_infinity=False), min_size=1, max_size=50))
+def test_the_bound_is_64_times_the_largest_published_magnitude_at_least_64(values: list[float]) -> None:
+    raw = np.asarray(values, "<f2").tobytes()
+    bound = value_bound([published_exponent(lambda n, at: raw[at : at + n], 0, Wanted("x", "F16", (len(values),)))])
+    reach = 64 * max([1.0, *map(abs, values)])
+    assert reach <= 2**bound <= 2 * reach
+
+
+def test_subnormals_and_values_of_hard_training_pass() -> None:
+    values = np.asarray([5e-324, 1e-45, 1e-40, 63.9, -63.9, 0.0, -0.0], "<f4")
+    assert _refusal(values.tobytes(), "F32", "BF16", value_bound([-3])) is None
+
+
+def test_a_published_slice_that_is_not_finite_is_our_fault() -> None:
+    raw = np.asarray([1, np.inf], "<f4").tobytes()
+    with pytest.raises(Failure) as caught:
+        published_exponent(lambda n, at: raw[at : at + n], 0, Wanted("x", "F32", (2,)))
+    assert caught.value.code == "baseline_not_finite"
 
 
 # ---- Fuzz ---------------------------------------------------------------------------------------------------------
@@ -249,7 +295,7 @@ def probe(code: str) -> str:
     program = (
         "import sys, os, json, socket, subprocess, threading; sys.path[:] = sys.argv[2:]\n"
         "from bzstream.evaluation import child\n"
-        "def read(fd, size, wanted, *, seccomp):\n"
+        "def read(fd, size, wanted, bound, *, seccomp):\n"
         "    try:\n"
         + "".join(f"        {line}\n" for line in code.splitlines())
         + "    except BaseException as error:\n"
@@ -265,7 +311,7 @@ def probe(code: str) -> str:
             stderr=subprocess.DEVNULL,
         )
         theirs.close()
-        body = json.dumps({"size": 0, "memory": 64 << 20, "cpu": 1, "wanted": []}).encode()
+        body = json.dumps({"size": 0, "memory": 64 << 20, "cpu": 1, "wanted": [], "bound": 6}).encode()
         socket.send_fds(ours, [len(body).to_bytes(8, "little")], [file.fileno()])
         ours.sendall(body)
         answer = b""
@@ -300,7 +346,7 @@ def test_a_file_that_takes_too_long_is_too_costly(wanted: tuple[Wanted, ...], mo
     impatient = Reader(memory=64 << 20, timeout=0.001)
     try:
         with tempfile.TemporaryFile() as file, pytest.raises(Refusal) as caught:
-            impatient.read(file.fileno(), 0, wanted)
+            impatient.read(file.fileno(), 0, wanted, 6)
         assert caught.value.code == "too_costly"
     finally:
         impatient.close()
@@ -310,7 +356,7 @@ def test_a_reader_leaves_no_process_behind(wanted: tuple[Wanted, ...]) -> None:
     before = _children()
     opened = Reader(memory=64 << 20, timeout=10)
     with tempfile.TemporaryFile() as file, pytest.raises(Refusal):
-        opened.read(file.fileno(), 0, wanted)
+        opened.read(file.fileno(), 0, wanted, 6)
     opened.warm_up()
     deadline = time.monotonic() + 10
     while not (children := _children() - before):
@@ -318,7 +364,7 @@ def test_a_reader_leaves_no_process_behind(wanted: tuple[Wanted, ...]) -> None:
     opened.close()
     assert not children & _children()
     with tempfile.TemporaryFile() as file, pytest.raises(Failure):
-        opened.read(file.fileno(), 0, wanted)
+        opened.read(file.fileno(), 0, wanted, 6)
 
 
 def _children() -> set[str]:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bzstream.evaluation.codes import EvaluationError, Failure, ModelClosed
+from bzstream.evaluation.codes import EvaluationError, Failure, ModelClosed, Refusal
 from bzstream.evaluation.judge import Judge
 from bzstream.evaluation.published import Published
 from bzstream.evaluation.readers import survey
@@ -342,6 +342,19 @@ def test_a_loss_that_is_not_finite_ends_at_once(judge: Judge) -> None:
     parameter.detach().copy_(kept)
     assert len(losses) == 2
     assert not np.isfinite(losses).any()
+
+
+def test_a_change_that_is_not_finite_has_no_sketch(judge: Judge, toy: Toy, tmp_path: Path) -> None:
+    """Two values that are finite in bfloat16, and whose sum is not in float32, past every check of the file."""
+    tensors = load_file(toy.improved)
+    for tensor in tensors.values():
+        tensor.fill_(torch.finfo(torch.bfloat16).max)
+    save_file(tensors, tmp_path / "enormous.safetensors")
+    staged = stage(judge.model, tmp_path / "enormous.safetensors", 1)
+    with pytest.raises(Refusal) as caught:
+        judge.judge(staged, SEED, file_hash="")
+    assert caught.value.code == "non_finite"
+    assert judge.model.differing() == []
 
 
 def test_the_loss_is_transformers_own(judge: Judge, toy: Toy) -> None:

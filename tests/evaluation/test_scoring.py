@@ -31,7 +31,6 @@ from bzstream.evaluation.scoring import (
     score,
     unpack_sketch,
 )
-from bzstream.evaluation.spool import Spool
 from tests.evaluation.conftest import SEED, Toy
 
 # ---- Windows --------------------------------------------------------------------------------------------------------
@@ -106,6 +105,14 @@ def test_the_later_of_two_copies_loses() -> None:
 
 def test_equal_weights_are_copies_whatever_the_distance() -> None:
     assert copies(prints(("1", "alice", 1.0, "x", A), ("2", "bob", 2.0, "x", A)), 0.0) == {"2": "1"}
+
+
+@given(st.lists(st.floats(width=32) | st.sampled_from([math.inf, -math.inf, math.nan]), min_size=3, max_size=3))
+def test_a_distance_that_is_not_finite_makes_nobody_a_copy(sketch: list[float]) -> None:
+    """One infinite sketch used to make every honest submission of its group a copy of it."""
+    sketch[0] = math.inf
+    found = prints(("1", "attacker", 1.0, "x", tuple(sketch)), ("2", "bob", 2.0, "y", A), ("3", "carol", 3.0, "z", B))
+    assert copies(found, 0.1) == {}
 
 
 def test_nobody_copies_himself() -> None:
@@ -267,7 +274,7 @@ def _scored(where: Path, evaluation: Evaluation, name: str | None = None) -> str
     return name
 
 
-# ---- Data and spool -------------------------------------------------------------------------------------------------
+# ---- Data -------------------------------------------------------------------------------------------------
 
 
 def load(path: Path | str, cache: Path, **options: object) -> Tokens:
@@ -356,30 +363,6 @@ def test_a_dataset_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert bytes(load("wiki:small:validation", tmp_path).windows([0], 16)[0].tolist()) == b"one two and more"
     assert asked == [(("wiki", "small"), "validation")]
-
-
-def test_the_spool_is_bounded_and_the_oldest_finished_file_goes_first(tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "spool", 100)
-
-    def put(name: str, size: int) -> None:
-        assert spool.reserve(name, size, lambda: False)
-        spool.draft(name).write_bytes(bytes(size))
-        spool.keep(name)
-
-    put("a", 40)
-    put("b", 40)
-    assert not spool.reserve("c", 40, lambda: True)  # a and b are in use
-    spool.settle("a")
-    spool.settle("b")
-    put("c", 40)
-    assert {path.name for path in (tmp_path / "spool").iterdir()} == {".lock", "b", "c"}
-    spool.draft("d").write_bytes(b"half")
-    spool.close()
-    again = Spool(tmp_path / "spool", 100)
-    assert {path.name for path in (tmp_path / "spool").iterdir()} == {".lock", "b", "c"}
-    assert again.find("c") == tmp_path / "spool" / "c"
-    assert again.find("d") is None
-    again.close()
 
 
 # ---- The table of codes ---------------------------------------------------------------------------------------------
