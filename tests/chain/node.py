@@ -1,55 +1,70 @@
-"""A Bittensor node on loopback, as far as the SDK can tell: JSON-RPC over a WebSocket with the real runtime's metadata.
+"""A Bittensor node on loopback, as far as the SDK can tell: JSON-RPC over a WebSocket before a chain in memory.
 
-It answers what the SDK asks for connecting, heads, finality, block hashes and the metagraph, and misbehaves on demand.
+It answers what the SDK asks for connecting, heads, finality, storage, the metagraph and extrinsics, and misbehaves on
+demand. The chain behind it is `subtensor`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
-import lzma
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from bittensor._transport.codec import RuntimeCodec, strip_option_opaque_metadata
 from websockets.asyncio.server import Server, ServerConnection, serve
 
-METADATA = lzma.decompress((Path(__file__).parent / "data" / "runtime-461-v15.scale.xz").read_bytes())
-SPEC_VERSION = 461
+from tests.chain.runtime import opaque_metadata, runtime
+from tests.chain.subtensor import VERSION, Block, PoolError, Subtensor, hash_of
 
-
-def hash_of(block: int) -> str:
-    return "0x" + hashlib.blake2b(f"node-{block}".encode(), digest_size=32).hexdigest()
+__all__ = ["FakeNode", "hash_of"]
 
 
 class FakeNode:
     """`async with FakeNode() as node:` then `node.url`, `await node.mine(block)`, and the switches below."""
 
     def __init__(self, block: int = 100) -> None:
-        self.block = block
-        self.finalized = block
-        self.neurons: list[tuple[str, bool]] = []
-        """(hotkey, validator permit), by uid."""
+        self.chain = Subtensor(block)
         self.silent = False
         """Answer nothing any more, but stay connected."""
         self.asked: list[str] = []
         """Methods of the requests."""
+        self.pool_answers: list[PoolError] = []
+        """What the next extrinsics are refused with, the first first."""
         self.connections: set[ServerConnection] = set()
         self.port = 0
         self._heads: dict[ServerConnection, str] = {}
+        self._watches: list[tuple[ServerConnection, str, str]] = []
+        """Connection, subscription and hash of each extrinsic that somebody watches."""
         self._server: Server | None = None
-        self._codec = RuntimeCodec(
-            strip_option_opaque_metadata(METADATA),
-            spec_version=SPEC_VERSION,
-            transaction_version=1,
-            spec_name="node-subtensor",
-            ss58_format=42,
-        )
+        self._changed = asyncio.Event()
 
     @property
     def url(self) -> str:
         return f"ws://127.0.0.1:{self.port}"
+
+    @property
+    def block(self) -> int:
+        return self.chain.head.number
+
+    @block.setter
+    def block(self, number: int) -> None:
+        self.chain.mine(number)
+
+    @property
+    def finalized(self) -> int:
+        return self.chain.finalized
+
+    @finalized.setter
+    def finalized(self, number: int) -> None:
+        self.chain.finalized = number
+
+    @property
+    def neurons(self) -> list[tuple[str, bool]]:
+        return self.chain.neurons
+
+    @neurons.setter
+    def neurons(self, neurons: list[tuple[str, bool]]) -> None:
+        self.chain.neurons = neurons
 
     async def __aenter__(self) -> FakeNode:
         await self.start()
@@ -70,13 +85,20 @@ class FakeNode:
             self._server = None
 
     async def mine(self, block: int, *, finalized: int | None = None) -> None:
-        """Make `block` the head, `finalized` (or `block` too) the finalized one, and tell subscribers."""
-        self.block = block
+        """Make `block` the head with what the pool holds, `finalized` (or `block` too) final, and tell subscribers."""
+        made = self.chain.mine(block)
         self.finalized = block if finalized is None else finalized
-        if not self.silent:
-            for connection, subscription in list(self._heads.items()):
-                params = {"subscription": subscription, "result": self._header(block)}
-                await connection.send(json.dumps({"jsonrpc": "2.0", "method": "chain_newHead", "params": params}))
+        if self.silent:
+            return
+        for connection, subscription in list(self._heads.items()):
+            await _notify(connection, "chain_newHead", subscription, self._header(made))
+        for connection, subscription, extrinsic in list(self._watches):
+            where = [at for at in self.chain.blocks.values() if any(one.hash == extrinsic for one in at.extrinsics)]
+            if where:
+                if where[-1] is made:
+                    await _notify(connection, "author_extrinsicUpdate", subscription, {"inBlock": where[-1].hash})
+                if where[-1].number <= self.finalized:
+                    await _notify(connection, "author_extrinsicUpdate", subscription, {"finalized": where[-1].hash})
 
     async def hang_up(self, code: int) -> None:
         """Close every connection with a WebSocket code."""
@@ -84,8 +106,14 @@ class FakeNode:
 
     async def subscribed(self) -> None:
         """Wait until somebody subscribes to heads."""
-        while not self._heads:
-            await asyncio.sleep(0.005)
+        await self.until(lambda: bool(self._heads))
+
+    async def until(self, condition: Callable[[], bool], seconds: float = 20) -> None:
+        """Wait until a condition holds; it is looked at after every request."""
+        async with asyncio.timeout(seconds):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
 
     async def _serve(self, connection: ServerConnection) -> None:
         self.connections.add(connection)
@@ -95,66 +123,105 @@ class FakeNode:
                 answers = [self._answer(connection, one) for one in (asked if isinstance(asked, list) else [asked])]
                 if not self.silent:
                     await connection.send(json.dumps(answers if isinstance(asked, list) else answers[0]))
+                self._changed.set()
         finally:
             self.connections.discard(connection)
             self._heads.pop(connection, None)
+            self._watches = [watch for watch in self._watches if watch[0] is not connection]
+            self._changed.set()
 
     def _answer(self, connection: ServerConnection, request: dict[str, Any]) -> dict[str, Any]:
         method, params = request["method"], request["params"]
         self.asked.append(method)
         answer: dict[str, Any] = {"jsonrpc": "2.0", "id": request["id"]}
-        if method == "chain_subscribeNewHeads":
-            self._heads[connection] = f"heads-{id(connection)}"
         try:
             answer["result"] = self._result(connection, method, params)
+        except PoolError as error:
+            answer["error"] = error.answer
         except KeyError:
             answer["error"] = {"code": -32601, "message": f"Method not found: {method}"}
         return answer
 
     def _result(self, connection: ServerConnection, method: str, params: list[Any]) -> Any:
-        by_hash = {hash_of(block): block for block in {0, self.block, self.finalized, self.block - 1}}
-        if method == "state_call":
-            call, arguments = params[0], bytes.fromhex(params[1].removeprefix("0x"))
-            if call == "Metadata_metadata_at_version":
-                return "0x" + METADATA.hex()
-            if call == "SubnetInfoRuntimeApi_get_metagraph":
-                return "0x" + self._metagraph(int.from_bytes(arguments, "little")).hex()
-            raise KeyError(call)
-        if method in ("chain_getHead", "chain_getFinalizedHead"):
-            return hash_of(self.block if method == "chain_getHead" else self.finalized)
-        if method == "chain_getBlockHash":
-            return hash_of(params[0])
-        if method == "chain_getHeader":
-            return self._header(by_hash[params[0]] if params[0] else self.block)
-        if method == "state_getRuntimeVersion":
-            return {"specName": "node-subtensor", "specVersion": SPEC_VERSION, "transactionVersion": 1}
-        if method == "state_getKeysPaged":  # token symbols
-            return []
-        if method == "chain_subscribeNewHeads":
-            return self._heads[connection]
-        if method == "chain_unsubscribeNewHeads":
-            return bool(self._heads.pop(connection, None))
+        chain = self.chain
+        match method:
+            case "state_call":
+                return "0x" + self._call(params[0], bytes.fromhex(params[1].removeprefix("0x"))).hex()
+            case "chain_getHead":
+                return chain.head.hash
+            case "chain_getFinalizedHead":
+                return chain.hash_at(chain.finalized)
+            case "chain_getBlockHash":
+                return chain.hash_at(params[0])
+            case "chain_getHeader":
+                return self._header(self._block(params[0]))
+            case "chain_getBlock":
+                block = self._block(params[0])
+                extrinsics = ["0x" + extrinsic.data.hex() for extrinsic in block.extrinsics]
+                return {"block": {"header": self._header(block), "extrinsics": extrinsics}}
+            case "state_getStorageAt":
+                value = chain.read(bytes.fromhex(params[0][2:]), self._block(params[1]))
+                return None if value is None else "0x" + value.hex()
+            case "state_queryStorageAt":
+                block = self._block(params[1])
+                values = [chain.read(bytes.fromhex(key[2:]), block) for key in params[0]]
+                found = [None if value is None else "0x" + value.hex() for value in values]
+                return [{"block": block.hash, "changes": list(zip(params[0], found, strict=True))}]
+            case "state_getRuntimeVersion":
+                return VERSION
+            case "state_getKeysPaged":  # token symbols
+                return []
+            case "account_nextIndex":
+                return chain.next_nonce(params[0])
+            case "author_submitAndWatchExtrinsic":
+                if self.pool_answers:
+                    raise self.pool_answers.pop(0)
+                extrinsic = chain.submit(bytes.fromhex(params[0][2:]))
+                subscription = f"watch-{len(chain.included)}-{extrinsic.hash}"
+                self._watches.append((connection, subscription, extrinsic.hash))
+                return subscription
+            case "author_unwatchExtrinsic":
+                self._watches = [watch for watch in self._watches if watch[1] != params[0]]
+                return True
+            case "chain_subscribeNewHeads":
+                return self._heads.setdefault(connection, f"heads-{id(connection)}")
+            case "chain_unsubscribeNewHeads":
+                return bool(self._heads.pop(connection, None))
         raise KeyError(method)
 
-    def _header(self, block: int) -> dict[str, Any]:
+    def _call(self, call: str, arguments: bytes) -> bytes:
+        match call:
+            case "Metadata_metadata_at_version":
+                return opaque_metadata()
+            case "SubnetInfoRuntimeApi_get_metagraph":
+                return self.chain.metagraph(int.from_bytes(arguments, "little"))
+            case "TransactionPaymentApi_query_info":
+                kind = runtime().runtime_api_map()["TransactionPaymentApi"]["query_info"]["output"]
+                info = {"weight": {"ref_time": 1, "proof_size": 1}, "class": "Normal", "partial_fee": 0}
+                return bytes(runtime().encode(kind, info))
+        raise KeyError(call)
+
+    def _block(self, hash_: str | None) -> Block:
+        """The block of a hash; one that was never mined by itself is empty, with the storage of the head."""
+        if hash_ is None:
+            return self.chain.head
+        known = self.chain.blocks.get(hash_)
+        if known is None:
+            number = next(n for n in range(self.block + 1) if hash_of(n) == hash_)
+            known = self.chain.blocks[hash_] = Block(number, hash_, storage=dict(self.chain.storage))
+        return known
+
+    def _header(self, block: Block) -> dict[str, Any]:
         root = "0x" + "00" * 32
-        parent = hash_of(block - 1) if block else root
         return {
-            "number": hex(block),
-            "parentHash": parent,
+            "number": hex(block.number),
+            "parentHash": self.chain.hash_at(block.number - 1) if block.number else root,
             "stateRoot": root,
             "extrinsicsRoot": root,
             "digest": {"logs": []},
         }
 
-    def _metagraph(self, netuid: int) -> bytes:
-        """SCALE of Option<Metagraph>: None but for subnet 1; all fields zero but for who is registered."""
-        if netuid != 1:
-            return b"\0"
-        kind = self._codec.runtime_api_map["SubnetInfoRuntimeApi"]["get_metagraph"]["output"]
-        graph = self._codec.decode(kind, b"\1" + bytes(5000), strict=False)
-        graph["hotkeys"] = graph["coldkeys"] = [hotkey for hotkey, _ in self.neurons]
-        graph["validator_permit"] = [permit for _, permit in self.neurons]
-        graph["block"] = self.block
-        encoded: bytes = self._codec.encode(kind, graph)
-        return encoded
+
+async def _notify(connection: ServerConnection, method: str, subscription: str, result: object) -> None:
+    params = {"subscription": subscription, "result": result}
+    await connection.send(json.dumps({"jsonrpc": "2.0", "method": method, "params": params}))

@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bzstream.chain.clock import Cycle
-from bzstream.chain.keys import Key
-from bzstream.chain.submitting import RETRY_BLOCKS, WeightSetter, submit_weights
+from bzstream.chain.submitting import RETRY_BLOCKS, WeightSetter
 from bzstream.chain.weights import due_round, weights_of
 from tests.submissions.values import in_loop
 
@@ -146,24 +145,3 @@ async def test_a_round_without_scores_submits_nothing() -> None:
 
     await drive(WeightSetter(book, Cycle(), 64), submit, range(12600, 12620))
     assert len(book.asked) == 1
-
-
-@in_loop
-async def test_the_sdk_is_asked_for_what_is_registered_only() -> None:
-    executed: list[tuple[Any, Any]] = []
-
-    class Client:
-        async def execute(self, intent: Any, signer: Any) -> Any:
-            executed.append((intent, signer))
-            return SimpleNamespace(raise_for_failure=lambda: None)
-
-    key = Key.from_seed(b"v" * 32)
-    await submit_weights(Client(), 1, {"a": 7, "b": 3}, key, {"a": 0.5, "gone": 0.3, "b": 0.2})
-    ((intent, signer),) = executed
-    assert (intent.netuid, intent.uids, intent.weights) == (1, [7, 3], [0.5, 0.2])
-    assert signer is key
-    import bittensor
-
-    assert isinstance(key, bittensor.Signer)
-    await submit_weights(Client(), 1, {}, key, {"gone": 1.0})
-    assert len(executed) == 1
