@@ -42,6 +42,10 @@ class Cycle:
         """First block of the cycle that `block` lies in."""
         return block - block % self.length
 
+    def last_distribute_block(self, block: int) -> int:
+        """Last block of the distribute phase in the cycle that `block` lies in."""
+        return self.start(block) + self.distribute - 1
+
     def phase(self, block: int) -> Phase:
         """The phase that `block` lies in."""
         position = block % self.length

@@ -12,10 +12,12 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 
 from bzstream.chain.clock import Cycle
+from bzstream.chain.round_base import BaseBook, BaseRecorder, BaseStore
 from bzstream.chain.simulated import SimulatedChain
 from bzstream.chain.state import ChainState
 from bzstream.chain.submitting import RoundBook
@@ -38,16 +40,19 @@ async def run(
     publish: Callable[[ChainState], Awaitable[None]],
     stop: asyncio.Event,
     *,
-    book: RoundBook | None = None,
+    book: Book | None = None,
+    store: BaseStore | None = None,
     wallet: str | None = None,
 ) -> None:
     """Watch the chain until `stop` is set. `publish` writes a state into the ledger and may raise BzstreamError.
 
-    With `chain.set_weights` the weights of finished rounds are submitted, signed by `wallet`, from what `book` tells.
+    With a `book` and a `store` the base of every round is noted (see `round_base`). With `chain.set_weights` the
+    weights of finished rounds are submitted, signed by `wallet`, from what `book` tells.
     Raises KeyUnavailable when that wallet cannot be opened.
     """
     cycle = Cycle.of(settings)
-    mailbox = Mailbox(publish)
+    recorder = None if book is None or store is None else BaseRecorder(cycle, book, store)
+    mailbox = Mailbox(publish, recorder)
     if settings.file is not None:
         watching = _watch_file(Path(settings.file), cycle, mailbox.offer)
     elif settings.endpoint and settings.netuid is not None:
@@ -73,16 +78,23 @@ async def run(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+class Book(RoundBook, BaseBook, Protocol):
+    """What the role keeps in the ledger besides the chain's state."""
+
+
 class Mailbox:
     """Holds the newest state until it is written."""
 
-    def __init__(self, publish: Callable[[ChainState], Awaitable[None]]) -> None:
+    def __init__(self, publish: Callable[[ChainState], Awaitable[None]], recorder: BaseRecorder | None = None) -> None:
         self._publish = publish
+        self._recorder = recorder
         self._newest: ChainState | None = None
         self._arrived = asyncio.Event()
 
     def offer(self, state: ChainState) -> None:
         """Replace what waits to be written."""
+        if self._recorder is not None:
+            self._recorder.observe(state.block)
         self._newest = state
         self._arrived.set()
 
@@ -95,6 +107,8 @@ class Mailbox:
             state = self._newest
             assert state is not None
             try:
+                if self._recorder is not None:
+                    await self._recorder.write()
                 await self._publish(state)
             except BzstreamError as error:
                 if not failing:

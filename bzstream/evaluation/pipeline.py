@@ -225,7 +225,7 @@ class Pipeline:
     async def _prepare(self, work: Work) -> None:
         """From `fetching` to ready."""
         async with self._verdict(work):
-            part = self._slice(work)
+            part = await self._slice(work)
             began = time.monotonic()
             digest = await in_thread(partial(self._tools.fetch, work, part, self._too_late), "fetch")
             fetched = time.monotonic()
@@ -243,14 +243,18 @@ class Pipeline:
             self._ready.append(work)
             self._wake.set()
 
-    def _slice(self, work: Work) -> Part:
-        """The slice that the submission builds on, of the version that its round's miners had.
+    async def _slice(self, work: Work) -> Part:
+        """The slice that the submission builds on: that of its round's base (`chain.round_base`).
 
-        That is the newest version published before the submit phase began; else the oldest that there is.
+        A ledger of an older bzstream can hold a round without a base. Then it is the newest version that was published
+        before the submit phase, else the oldest that there is.
         """
+        base = await self._call(partial(self._ledger.round_base, work.record.round))
         snapshots = self._library.versions()
+        if base is not None:
+            snapshots = [snapshot for snapshot in snapshots if snapshot.version == base]
         if not snapshots:
-            raise Failure("version_gone", "the store holds no snapshot")
+            raise Failure("version_gone", f"the store does not hold version {base}" if base else "the store is empty")
         before = [snapshot for snapshot in snapshots if snapshot.block <= work.record.round]
         snapshot = before[0] if before else snapshots[-1]
         if snapshot.version not in self._published:

@@ -6,6 +6,7 @@
     STORE/snapshots/<version>/               a snapshot; real once snapshot.json is in it and no flip is pending
     STORE/current -> snapshots/<version>     what is served
     STORE/snapshots/.old-<version>/          a snapshot being deleted
+    STORE/pinned                             versions that are not to be retired yet, one a line
 
 Publishing writes `.new-V`, syncs everything, makes the symlink `.current-V`, renames `.new-V` to `V`, and renames
 `.current-V` over `current`: that rename is the moment of publication. Every name that begins with a dot is unfinished
@@ -18,12 +19,13 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from bzstream.model.errors import StoreBusy, StoreDamaged, VersionExists
 from bzstream.model.record import SnapshotRecord, encode_record, read_record
+from bzstream.util.durable import write_file
 
 __all__ = ["Store"]
 
@@ -33,12 +35,13 @@ OLD = ".old-"
 
 
 class Store:
-    """The paths of a store and the steps of a publish on them; every method but the first four needs `locked`."""
+    """The paths of a store and the steps of a publish on them; the methods from `locked` on need it, but `pin`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.snapshots = path / "snapshots"
         self.link = path / "current"
+        self.pins = path / "pinned"
 
     def current(self) -> str | None:
         """The version that is served, or None before the first publish."""
@@ -149,11 +152,23 @@ class Store:
             pending.unlink()
         _remove(folder)
 
+    def pin(self, versions: Collection[str]) -> None:
+        """Keep these versions from being retired, and no longer the ones pinned before. Needs no lock."""
+        if set(versions) != self.pinned():
+            write_file(self.pins, "".join(f"{version}\n" for version in sorted(versions)).encode())
+
+    def pinned(self) -> set[str]:
+        """The versions that `pin` keeps: the bases of rounds that are still open."""
+        try:
+            return set(self.pins.read_text(encoding="utf-8").split())
+        except FileNotFoundError:
+            return set()
+
     def retire(self, keep: int) -> list[str]:
-        """Delete all but the newest `keep` versions (never the current one) and return what was deleted."""
+        """Delete all but the newest `keep` versions and the pinned ones (never the current one); what was deleted."""
         current = self.current()
         readable = [record.version for record in self.records()]
-        kept = {current, *[version for version in readable if version != current][: keep - 1]}
+        kept = {current, *[version for version in readable if version != current][: keep - 1], *self.pinned()}
         if len(readable) < keep:  # an unreadable record is worth a look before newer versions push it out
             kept |= set(self.versions()) - set(readable)
         gone = sorted(set(self.versions()) - kept)

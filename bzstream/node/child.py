@@ -99,12 +99,18 @@ async def _run_role(spec: ChildSpec, stop: asyncio.Event, changes: asyncio.Queue
         await worker.run(settings, socket.socket(fileno=spec.listen_fd), stop, changes)
     elif spec.role == "chain":
         from bzstream.chain import role as chain_role
+        from bzstream.model.store import Store
         from bzstream.submissions.ledger import AsyncLedger
 
         ledger = await asyncio.to_thread(AsyncLedger.open, settings.ledger_location())
         try:
             await chain_role.run(
-                settings.chain, ledger.write_chain_state, stop, book=ledger, wallet=settings.node.wallet
+                settings.chain,
+                ledger.write_chain_state,
+                stop,
+                book=ledger,
+                store=Store(settings.store_path()),
+                wallet=settings.node.wallet,
             )
         finally:
             await asyncio.to_thread(ledger.close)

@@ -23,6 +23,7 @@ from typing import Any, Self, TypeVar
 
 from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
+from bzstream.chain.round_base import RoundBase
 from bzstream.chain.state import ChainState
 from bzstream.submissions.accepting import Acceptance
 from bzstream.submissions.database import Database, LedgerUnavailable
@@ -39,7 +40,16 @@ from bzstream.submissions.leases import (
     renew_all,
 )
 from bzstream.submissions.records import Candidate, Job, Outcome, Record, RoundScores
-from bzstream.submissions.schema import LedgerError, chain_state, db_now, evaluators, migrate, submissions, weights_set
+from bzstream.submissions.schema import (
+    LedgerError,
+    chain_state,
+    db_now,
+    evaluators,
+    migrate,
+    round_bases,
+    submissions,
+    weights_set,
+)
 from bzstream.submissions.states import FINAL, STATUSES, Status, may_follow
 from bzstream.submissions.writer import Writer
 
@@ -175,6 +185,14 @@ class Ledger(_Base):
         """Remember that the weights of a round are confirmed on the chain."""
         self._writer.call(_confirm_weights, round_)
 
+    def round_base(self, round_: int) -> str | None:
+        """The model version that a round is scored against; None when the chain role has not noted it."""
+        return self._read(lambda connection: _round_bases(connection, round_)).get(round_)
+
+    def write_round_base(self, base: RoundBase) -> bool:
+        """Keep the base of a round; False when the round has one already, which stays."""
+        return self._writer.call(_write_round_bases, base)
+
     def _read(self, work: Callable[[Connection], _T]) -> _T:
         return self._reader.submit(self._reading, work).result()
 
@@ -213,6 +231,14 @@ class AsyncLedger(_Base):
     async def confirm_weights(self, round_: int) -> None:
         """As Ledger.confirm_weights."""
         await self._writer.submit(_confirm_weights, round_)
+
+    async def round_bases(self, since: int) -> dict[int, str]:
+        """Round -> the model version that it is scored against, of the rounds from `since` on."""
+        return await self._read(lambda connection: _round_bases(connection, since))
+
+    async def write_round_base(self, base: RoundBase) -> bool:
+        """As Ledger.write_round_base."""
+        return await self._writer.submit(_write_round_bases, base)
 
     async def _read(self, work: Callable[[Connection], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._reader, self._reading, work)
@@ -271,6 +297,23 @@ def _confirm_weights(connection: Connection, rounds: Sequence[int]) -> Sequence[
         if not _weights_are_set(connection, round_):
             connection.execute(insert(weights_set).values(round=round_, confirmed_at=db_now()))
     return [None] * len(rounds)
+
+
+def _round_bases(connection: Connection, since: int) -> dict[int, str]:
+    rows = connection.execute(
+        select(round_bases.c.round, round_bases.c.model_version).where(round_bases.c.round >= since)
+    )
+    return {row.round: row.model_version for row in rows}
+
+
+def _write_round_bases(connection: Connection, bases: Sequence[RoundBase]) -> Sequence[bool]:
+    written = []
+    for base in bases:
+        new = base.round not in _round_bases(connection, base.round)
+        if new:
+            connection.execute(insert(round_bases).values(**base._asdict()))
+        written.append(new)
+    return written
 
 
 def _write_chain_state(connection: Connection, states: Sequence[ChainState]) -> Sequence[None]:

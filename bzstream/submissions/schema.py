@@ -39,6 +39,7 @@ __all__ = [
     "evaluations",
     "evaluators",
     "migrate",
+    "round_bases",
     "submissions",
     "weights_set",
 ]
@@ -131,6 +132,14 @@ weights_set = Table(
     Column("confirmed_at", Float(53), nullable=False),
 )
 
+round_bases = Table(
+    "round_bases",
+    _metadata,
+    Column("round", BigInteger, primary_key=True, autoincrement=False),
+    Column("model_version", Text, nullable=False),
+    Column("block", BigInteger, nullable=False),  # at which the version was seen in force
+)
+
 evaluations = Table(
     "evaluations",
     _metadata,
@@ -154,7 +163,11 @@ def _evaluations(connection: Connection) -> None:
     evaluations.create(connection, checkfirst=True)
 
 
-MIGRATIONS: Sequence[Callable[[Connection], None]] = (_first, _evaluations)
+def _round_bases(connection: Connection) -> None:
+    round_bases.create(connection)
+
+
+MIGRATIONS: Sequence[Callable[[Connection], None]] = (_first, _evaluations, _round_bases)
 
 
 def migrate(connection: Connection, migrations: Sequence[Callable[[Connection], None]] = MIGRATIONS) -> None:

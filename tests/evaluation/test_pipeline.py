@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import resource
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -17,6 +18,7 @@ import pytest
 import structlog
 
 from bzstream.chain.clock import Cycle
+from bzstream.chain.round_base import RoundBase
 from bzstream.chain.simulated import block_hash
 from bzstream.chain.state import ChainState
 from bzstream.cli._toy import forge_copy, forge_nan, forge_pickle_bomb
@@ -25,10 +27,11 @@ from bzstream.evaluation import role
 from bzstream.evaluation.codes import EvaluationError, Failure
 from bzstream.evaluation.judge import Judge
 from bzstream.evaluation.records import Records
+from bzstream.model import publish
 from bzstream.submissions.ledger import Ledger
 from bzstream.submissions.records import Accepted, Candidate, Record, Submission
 from bzstream.submissions.states import FINAL
-from tests.evaluation.conftest import BLOCK, Toy
+from tests.evaluation.conftest import BLOCK, GROUPS, Toy
 from tests.evaluation.hostile import BFLOAT16_MAX, FILES, behind_a_dead_unit, honest
 from tests.evaluation.servers import LATER, SERVERS, Server, serving
 
@@ -361,6 +364,29 @@ def test_one_enormous_value_erases_nobody_but_its_author(
     attack, *others = (field.submit(server.url(f"files/{name}")) for name in ("attack", "honest", "hard"))
     found = field.run([attack, *others])
     assert [outcome(record) for record in found] == [("rejected", "out_of_range"), ("scored", None), ("scored", None)]
+
+
+def test_a_round_is_scored_against_what_its_miners_had(toy: Toy, server: Server, tmp_path: Path) -> None:
+    """A version that is published while the miners train is nobody's base."""
+    store = tmp_path / "store"
+    start = CYCLE.start(BLOCK)
+    publish(toy.checkpoint, store, block=start, version="base", groups=GROUPS)
+    publish(toy.checkpoint, store, block=start + 200, version="mid-training", groups=GROUPS)
+    with contextlib.closing(Field(dataclasses.replace(toy, store=store), tmp_path)) as field:
+        field.ledger.write_round_base(RoundBase(ROUND, "base", CYCLE.last_distribute_block(BLOCK)))
+        server.files["honest"] = toy.improved.read_bytes()
+        field.at(SEED_BLOCK)
+        (record,) = field.run([field.submit(server.url("files/honest"))])
+        assert outcome(record) == ("scored", None)
+        assert record.model_version == "base"
+
+
+def test_a_base_that_is_gone_is_our_fault(field: Field, toy: Toy, server: Server) -> None:
+    field.ledger.write_round_base(RoundBase(ROUND, "gone", CYCLE.last_distribute_block(BLOCK)))
+    server.files["honest"] = toy.improved.read_bytes()
+    field.at(SEED_BLOCK)
+    (record,) = field.run([field.submit(server.url("files/honest"))])
+    assert outcome(record) == ("failed", "version_gone")
 
 
 def test_what_arrives_after_the_round_closed_does_not_count(field: Field, toy: Toy, server: Server) -> None:

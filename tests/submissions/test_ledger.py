@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sqlite3
 import stat
@@ -16,6 +17,7 @@ import psycopg
 import pytest
 from sqlalchemy import Connection, text
 
+from bzstream.chain.round_base import RoundBase
 from bzstream.chain.state import ChainState
 from bzstream.submissions.accepting import Acceptance
 from bzstream.submissions.database import Database, LedgerUnavailable
@@ -443,3 +445,13 @@ def test_an_evaluator_shows_that_it_lives(ledger: Ledger, where: str) -> None:
     seconds = asyncio.run(age())
     assert seconds is not None
     assert 0 <= seconds < 60
+
+
+def test_the_base_of_a_round_is_written_once(ledger: Ledger, where: str) -> None:
+    assert ledger.round_base(ROUND) is None
+    assert ledger.write_round_base(RoundBase(ROUND, "step_1000", 12199))
+    assert not ledger.write_round_base(RoundBase(ROUND, "step_2000", 12200))
+    assert ledger.round_base(ROUND) == "step_1000"
+    assert ledger.round_base(ROUND - 420) is None
+    with contextlib.closing(Ledger.open(where)) as again:
+        assert again.round_base(ROUND) == "step_1000"
