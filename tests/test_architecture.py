@@ -53,7 +53,6 @@ KNOWN_CIRCLES: set[frozenset[str]] = {frozenset({"bzstream.http.connection", "bz
 USES_PRIVATE_NAMES: set[str] = {
     "api/cutting.py",
     "api/test_cut_downloads.py",
-    "chain/node.py",
     "conftest.py",
     "evaluation/conftest.py",
     "evaluation/test_pipeline.py",
