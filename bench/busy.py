@@ -10,7 +10,6 @@ on two cores, with a client that needs one, it takes from both, and how much is 
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import signal
 import subprocess
@@ -28,10 +27,11 @@ import psutil
 from bench.command import command
 from bench.evaluate import make
 from bench.latency import discard, probe, result
-from bench.node import Node, free_port, miners, serve, write_chain
+from bench.node import miners, serve
 from bench.peers.servers import Target
 from bench.rows import quantile, row_of
 from bench.serve import SLICE, UNLIMITED, fields_of
+from bzstream.demo.running_node import RunningNode, clean_environment, free_port
 
 __all__ = ["measure"]
 
@@ -46,7 +46,7 @@ FINAL = frozenset({"scored", "rejected", "failed"})
 VOCABULARY = 1024
 
 
-def submit(node: Node, folder: Path, url: str, token: str, count: int) -> list[str]:
+def submit(node: RunningNode, folder: Path, url: str, count: int) -> list[str]:
     """Hand in `count` differing submissions of as many miners by the command; their ids."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -65,11 +65,14 @@ def submit(node: Node, folder: Path, url: str, token: str, count: int) -> list[s
         save_file(changed, file)
         key.touch(mode=0o600)
         key.write_text(secrets.token_hex(32), encoding="ascii")
-        command = [sys.executable, "-m", "bzstream", "submit", f"http://127.0.0.1:{node.port}", "--key", str(key)]
+        command = [sys.executable, "-m", "bzstream", "submit", node.url, "--key", str(key)]
         options = ["--group", str(GROUP), "--checkpoint-url", f"{url}/{file.name}", "--json"]
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("BZ_")}
         done = subprocess.run(
-            [*command, *options], env={**clean, "BZ_AUTH_TOKEN": token}, check=False, capture_output=True, text=True
+            [*command, *options],
+            env={**clean_environment(), "BZ_AUTH_TOKEN": node.token},
+            check=False,
+            capture_output=True,
+            text=True,
         )
         if done.returncode != 0:
             raise RuntimeError(f"a submission was refused: {done.stderr.strip()}")
@@ -91,21 +94,23 @@ def file_server(folder: Path) -> Iterator[str]:
         process.wait()
 
 
-def states(node: Node, ids: list[str], token: str) -> list[str]:
+def states(node: RunningNode, ids: list[str]) -> list[str]:
     """What has become of each submission so far."""
-    return [str(node.get(f"/submissions/{one}", {"Authorization": f"Bearer {token}"})["status"]) for one in ids]
+    return [
+        str(node.get(f"/submissions/{one}", {"Authorization": f"Bearer {node.token}"}).json["status"]) for one in ids
+    ]
 
 
-def wait_for_scoring(node: Node, ids: list[str], token: str) -> None:
+def wait_for_scoring(node: RunningNode, ids: list[str]) -> None:
     """Until one is being scored. Raises RuntimeError when none ever is."""
     deadline = time.monotonic() + PATIENCE_S
-    while "evaluating" not in (found := states(node, ids, token)):
+    while "evaluating" not in (found := states(node, ids)):
         if time.monotonic() > deadline:
             raise RuntimeError(f"nothing is scored after {PATIENCE_S:.0f} s: the submissions are {found}")
         time.sleep(0.1)
 
 
-def evaluator_of(node: Node) -> psutil.Process:
+def evaluator_of(node: RunningNode) -> psutil.Process:
     """The process of the evaluator role."""
     children = psutil.Process(node.process.pid).children()
     return next(child for child in children if "evaluator" in child.cmdline())
@@ -125,7 +130,6 @@ def window(target: Target, folder: Path, evaluator: psutil.Process, seconds: flo
 def measure(quick: bool) -> dict[str, Any]:
     """Rows and notes."""
     seconds, rounds, submissions = (0.5, 1, 1) if quick else (4.0, 3, 3)
-    token = secrets.token_hex(32)
     (miner,) = miners(1)
     with tempfile.TemporaryDirectory(prefix="bzstream-bench-") as name, ExitStack() as stack:
         folder = Path(name)
@@ -134,7 +138,6 @@ def measure(quick: bool) -> dict[str, Any]:
         np.save(folder / "tokens.npy", tokens)
         settings = {
             **UNLIMITED,
-            "BZ_AUTH_TOKEN": token,
             "BZ_EVALUATION_DATA": str(folder / "tokens.npy"),
             "BZ_EVALUATION_WINDOWS": str(WINDOWS),
             "BZ_EVALUATION_WINDOW_TOKENS": str(WINDOW_TOKENS),
@@ -146,9 +149,9 @@ def measure(quick: bool) -> dict[str, Any]:
         node = stack.enter_context(
             serve(folder / "store", callers=[miner], environment=settings, block=SUBMIT_BLOCK, evaluator=True)
         )
-        ids = submit(node, folder, url, token, submissions)
-        write_chain(folder, SEED_BLOCK)
-        wait_for_scoring(node, ids, token)
+        ids = submit(node, folder, url, submissions)
+        node.write_chain(SEED_BLOCK)
+        wait_for_scoring(node, ids)
         evaluator = evaluator_of(node)
         size = (folder / "store" / "current" / "group-0.safetensors").stat().st_size
         target = Target("127.0.0.1", node.port, SLICE, size, node.process.pid, fields_of(miner))
@@ -161,7 +164,7 @@ def measure(quick: bool) -> dict[str, Any]:
                     taken[what].append(window(target, folder, evaluator, seconds))
         finally:
             evaluator.send_signal(signal.SIGCONT)
-        if FINAL.issuperset(found := states(node, ids, token)):
+        if FINAL.issuperset(found := states(node, ids)):
             raise RuntimeError(f"the evaluator ran out of work: the submissions are {found}")
     rows = []
     beside = f"beside {DOWNLOADS} downloads"

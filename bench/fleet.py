@@ -35,8 +35,9 @@ from typing import Any, Literal
 
 from bench.command import command
 from bench.native import compiled
-from bench.node import Miner, Node, miners, publish_slices, serve
+from bench.node import Miner, cost, miners, publish_slices, serve
 from bench.rows import jain, quantile, row_of
+from bzstream.demo.running_node import RunningNode
 
 __all__ = ["Play", "Result", "Window", "extrapolate", "habits", "measure", "run"]
 
@@ -156,7 +157,7 @@ def habits(count: int, share: float, seed: int) -> list[tuple[Habit, float]]:
 class Fleet:
     """A node with a store, and the miners that it knows."""
 
-    def __init__(self, node: Node, callers: list[Miner]) -> None:
+    def __init__(self, node: RunningNode, callers: list[Miner]) -> None:
         self.node = node
         self.callers = callers
         self.driver = compiled(DRIVER)
@@ -165,7 +166,7 @@ class Fleet:
     def _size(self, group: int) -> int:
         first = self.callers[0]
         headers = {"Authorization": f"Bearer {first.token}", "X-Hotkey": first.hotkey, "X-Expert-Group": str(group)}
-        return int(self.node.head(SLICE, headers)["Content-Length"])
+        return int(self.node.request("HEAD", SLICE, headers).headers["Content-Length"])
 
     def file(self, group: int) -> Path:
         return self.node.store / "current" / f"group-{group}.safetensors"
@@ -203,7 +204,7 @@ class Fleet:
 
     def play(self, plays: list[Play], seconds: float = 0.0) -> Window:
         """Let the miners do it: each once, or again and again for some seconds."""
-        before = self.node.cost().cpu
+        before = cost(self.node).cpu
         done = subprocess.run(
             [str(self.driver), "127.0.0.1", str(self.node.port), SLICE, str(seconds), str(LIMIT_S)],
             input="".join(play.line() for play in plays),
@@ -213,7 +214,7 @@ class Fleet:
             timeout=LIMIT_S + seconds + 30,
         )
         *each, total = map(json.loads, done.stdout.splitlines())
-        cpu = self.node.cost().cpu - before
+        cpu = cost(self.node).cpu - before
         return Window(plays, [Result(**result) for result in each], cpu=cpu, **total)
 
 
@@ -237,7 +238,7 @@ def measure(quick: bool) -> dict[str, Any]:
             for _ in range(1 if quick else 3):
                 for range_bytes, windows in greedy.items():
                     windows.append(fleet.play(fleet.greedy(range_bytes), seconds))
-            memory = node.cost().memory
+            memory = cost(node).memory
         size = fleet.sizes[0]
     for window in (*clean, *bad):
         window.check()

@@ -38,10 +38,11 @@ from typing import Any
 
 from bench.alone import HOTKEY, MIB
 from bench.native import MissingPeer
-from bench.node import BLOCK, publish_slices
+from bench.node import publish_slices
 from bench.peers.servers import cpu_seconds
 from bench.rows import row_of
 from bench.wan import wide_area
+from bzstream.demo.running_node import clean_environment, running_node
 
 __all__ = ["run"]
 
@@ -85,33 +86,20 @@ def run(quick: bool = False, only: Sequence[str] = PARTS) -> dict[str, Any]:
 @contextmanager
 def node(work: Path, host: str = "127.0.0.1", before: Sequence[str] = ()) -> Iterator[tuple[str, int]]:
     """`bzstream serve` on the bench's store, run after the words in `before`; its URL and process id."""
-    (work / "chain.json").write_text(
-        json.dumps({"block": BLOCK, "block_seconds": 0, "validators": [], "miners": None}), encoding="utf-8"
-    )
-    command = [
-        *before, sys.executable, "-m", "bzstream", "serve", "--store", str(work / "store"), "--host", host,
-        "--port", "8123", "--chain-file", str(work / "chain.json"), "--no-evaluator",
-    ]  # fmt: skip
-    with (work / "node.log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment(BZ_LOG_LEVEL="error"), stdout=log, stderr=log)
-    url = f"http://{host}:8123"
-    probe = [*before, "curl", "-fs", "-o", "/dev/null", f"{url}/health"]
-    try:
-        deadline = time.monotonic() + 30
-        while subprocess.run(probe, check=False).returncode != 0:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError("the node does not start: " + (work / "node.log").read_text(errors="replace")[-500:])
-            time.sleep(0.1)
-        yield url, process.pid
-    finally:
-        process.terminate()
-        process.wait(30)
+    with running_node(
+        work, "--host", host, token=TOKEN, environment={"BZ_LOG_LEVEL": "error"},
+        command=(*before, sys.executable, "-m", "bzstream"), wait=False,
+    ) as running:  # fmt: skip
+        url = f"http://{host}:{running.port}"
+        probe = [*before, "curl", "-fs", "-o", "/dev/null", f"{url}/health"]
+        running.wait_until(lambda: subprocess.run(probe, check=False).returncode == 0, "the node answers")
+        yield url, running.process.pid
 
 
 def environment(**more: str) -> dict[str, str]:
     # With bytecode, as every installed client has it: some shells forbid Python to write any.
-    left_out = ("BZ_", "PYTHONDONTWRITEBYTECODE")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
+    left_out = "PYTHONDONTWRITEBYTECODE"
+    clean = {name: value for name, value in clean_environment().items() if name != left_out}
     return {**clean, "BZ_AUTH_TOKEN": TOKEN, **more}
 
 

@@ -34,7 +34,8 @@ import nacl.signing
 import uvloop
 
 from bzstream.chain.keys import canonical_json, encode_hotkey
-from bzstream.cli._checkpoint import write_checkpoint
+from bzstream.demo.checkpoint import write_checkpoint
+from bzstream.demo.running_node import free_port, running_node
 
 __all__ = ["run"]
 
@@ -168,13 +169,6 @@ async def _flood(port: int, bad: bytes, token: str, seconds: float) -> tuple[Loa
     return await flood, sorted(asked)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @contextmanager
 def _server(command: list[str], port: int, environment: dict[str, str]) -> Iterator[None]:
     """A running server, once its /health speaks of the submit phase."""
@@ -215,7 +209,6 @@ class _Bench:
         publish = ["publish", str(folder / "checkpoint"), "--store", str(folder / "store")]
         options = ["--block", "12345", "--version", "bench", "--groups", "4"]
         subprocess.run([*BZSTREAM, *publish, *options], check=True, stdout=subprocess.DEVNULL)
-        (folder / "chain.json").write_text(json.dumps({"block": BLOCK}))
         self.shim = folder / "slow_fsync.so"
         source = str(PEERS / "slow_fsync.c")
         subprocess.run(["cc", "-shared", "-fPIC", "-O2", "-o", str(self.shim), source, "-ldl"], check=True)
@@ -224,20 +217,19 @@ class _Bench:
     def start(self, name: str, *, slow: bool) -> Iterator[tuple[int, Path]]:
         """A server with a new ledger: its port and the ledger's file."""
         self.turns += 1
-        port, ledger = _free_port(), self.folder / f"ledger-{self.turns}.sqlite"
-        environment = {"BZ_AUTH_TOKEN": self.token}
-        if slow:
-            environment |= {"LD_PRELOAD": str(self.shim), "SLOW_FSYNC_MS": str(SLOW_MS)}
+        port, ledger = free_port(), self.folder / f"ledger-{self.turns}.sqlite"
+        environment = {"LD_PRELOAD": str(self.shim), "SLOW_FSYNC_MS": str(SLOW_MS)} if slow else {}
         if name == "bzstream":
-            command = [*BZSTREAM, "serve", "--store", str(self.folder / "store"), "--no-evaluator"]
-            command += ["--port", str(port), "--ledger", str(ledger), "--chain-file", str(self.folder / "chain.json")]
             # All connections come from one address, and one more asks for /health.
             environment |= {"BZ_LOG_LEVEL": "error", "BZ_HTTP_MAX_CONNECTIONS_PER_CALLER": str(2 * CONNECTIONS)}
-        else:
-            command = [sys.executable, "-m", "uvicorn", "bench.peers.fastapi_sqlite:app", "--port", str(port)]
-            command += ["--log-level", "error", "--no-access-log"]
-            environment["BENCH_LEDGER"] = str(ledger)
-        with _server(command, port, environment):
+            with running_node(
+                self.folder, "--ledger", str(ledger), token=self.token, block=BLOCK, environment=environment
+            ) as node:
+                yield node.port, ledger
+            return
+        command = [sys.executable, "-m", "uvicorn", "bench.peers.fastapi_sqlite:app", "--port", str(port)]
+        command += ["--log-level", "error", "--no-access-log"]
+        with _server(command, port, {**environment, "BZ_AUTH_TOKEN": self.token, "BENCH_LEDGER": str(ledger)}):
             yield port, ledger
 
     def turn(self, name: str, bodies: list[bytes], *, slow: bool) -> Load:

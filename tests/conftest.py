@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from bzstream.cli._checkpoint import write_checkpoint
+from bzstream.demo.checkpoint import write_checkpoint
 from bzstream.model import publish
 from tests.nodes import BLOCK, GROUPS, VERSION, Node, running_node
 from tests.seeds import seeds

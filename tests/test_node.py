@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from bzstream.model import publish
-from tests.nodes import BLOCK, GROUPS, TOKEN, VERSION, Node, eventually, free_port, running_node
+from tests.nodes import BLOCK, GROUPS, TOKEN, VERSION, Node, child_processes, eventually, free_port, running_node
 
 IN_FORCE_S = 1.0
 """The contract: a new snapshot, chain file or tokens file is in force within 1 s."""
@@ -122,7 +123,7 @@ def test_a_new_chain_file_is_in_force_within_a_second(place: Path) -> None:
 def test_a_changed_tokens_file_is_in_force_within_a_second(place: Path) -> None:
     with running_node(place) as node:
         fresh = "y" * 40
-        tokens = place / "tokens.toml"
+        tokens = node.tokens_file
         good = tokens.read_text()
         tokens.write_text(good + f'"{fresh}" = "{node.hotkey}"\n')
         headers = {"Authorization": f"Bearer {fresh}"}
@@ -151,19 +152,19 @@ def test_a_cut_file_is_not_served(place: Path) -> None:
 
 def test_a_worker_that_dies_is_started_again(place: Path) -> None:
     with running_node(place, "--workers", "2") as node:
-        workers = children(node.process.pid, "http")
+        workers = child_processes(node.process.pid, "http")
         assert len(workers) == 2
         for worker in workers:
             os.kill(worker, signal.SIGKILL)
         # The supervisor holds the listening sockets, so that connections queue instead of being refused.
         assert node.get("/health").status == 200
-        eventually(lambda: len(children(node.process.pid, "http")) == 2, "both are back")
-        assert not set(children(node.process.pid, "http")) & set(workers)
+        eventually(lambda: len(child_processes(node.process.pid, "http")) == 2, "both are back")
+        assert not set(child_processes(node.process.pid, "http")) & set(workers)
 
 
 def test_killing_the_supervisor_leaves_nothing(place: Path) -> None:
     with running_node(place, "--workers", "2") as node:
-        family = children(node.process.pid)
+        family = child_processes(node.process.pid)
         assert len(family) == 3
         node.process.kill()
         node.process.wait()
@@ -236,7 +237,7 @@ def test_metrics_of_all_workers(place: Path) -> None:
     with running_node(place, "--workers", "2", "--metrics-port", str(port)) as node:
         for _ in range(20):
             assert node.get("/model/partial", node.headers(0)).status == 200
-        metrics = Node(place, port, node.process, node.validator, node.validator_token)
+        metrics = dataclasses.replace(node, port=port)
 
         def counted() -> bool:
             text = metrics.get("/metrics").body.decode()
@@ -254,20 +255,6 @@ def test_json_logs_hold_no_secret(place: Path) -> None:
         node.get("/model/partial?format=safetensors", node.headers(0))
         eventually(lambda: '"unit":"partial/0"' in node.log().replace(" ", ""), "the request is logged")
         assert TOKEN not in node.log()
-
-
-def children(parent: int, role: str = "") -> list[int]:
-    """Living children of a process, by the role in their command line."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            status = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-            command = (entry / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if int(status[1]) == parent and status[0] != "Z" and (not role or role.encode() in command):
-            found.append(int(entry.name))
-    return found
 
 
 def alive(process: int) -> bool:

@@ -156,7 +156,7 @@ def test_the_full_model_is_for_validators(node: Node, tmp_path: Path, checkpoint
 
 
 def test_each_slice_equals_the_rows_of_the_source(node: Node, checkpoint: Path) -> None:
-    from bzstream.cli.demo import same_rows
+    from bzstream.demo.distribution import same_rows
 
     for group in range(GROUPS):
         file = node.store / "snapshots" / VERSION / f"group-{group}.safetensors"

@@ -22,10 +22,9 @@ from sqlalchemy import text
 
 from bzstream.submissions.database import Database
 from tests.api.desk import Desk, new_key, signed, troubles
-from tests.nodes import TOKEN, Node, eventually, running_node, write_chain
+from tests.nodes import TOKEN, Node, child_processes, eventually, running_node, write_chain
 from tests.seeds import seeds
 from tests.submissions.conftest import postgres_server, where
-from tests.test_node import children
 
 KILLS = seeds(4, 100)
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
@@ -85,7 +84,7 @@ class Miner(threading.Thread):
 
 
 def kill_everything(node: Node) -> None:
-    for process in (node.process.pid, *children(node.process.pid)):
+    for process in (node.process.pid, *child_processes(node.process.pid)):
         with suppress(ProcessLookupError):  # the kernel, which kills the children of a dead node, was quicker
             os.kill(process, signal.SIGKILL)
     node.process.wait()

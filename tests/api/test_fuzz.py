@@ -21,9 +21,8 @@ import pytest
 
 from tests.api.desk import Desk, new_key, signed, troubles
 from tests.http.test_fuzz import TOKENS
-from tests.nodes import TOKEN, Node, eventually, running_node
+from tests.nodes import TOKEN, Node, child_processes, eventually, running_node
 from tests.seeds import seeds
-from tests.test_node import children
 
 REQUESTS = seeds(6_000, 100_000)
 WORKERS, CLIENTS = 2, 4
@@ -145,7 +144,7 @@ def fuzz(node: Node, seed: int, count: int) -> Counter[int]:
 @pytest.mark.slow
 def test_mutated_requests(fuzzed: Desk) -> None:
     node, rng = fuzzed.node, random.Random(20_260_102)
-    workers = children(node.process.pid, "http")
+    workers = child_processes(node.process.pid, "http")
     assert len(workers) == WORKERS
     good = good_requests(node)
     before = [descriptors(worker) for worker in workers]
@@ -163,6 +162,6 @@ def test_mutated_requests(fuzzed: Desk) -> None:
         "no descriptor is left open",
     )
     assert all(resident(worker) - taken < 24 for worker, taken in zip(workers, memory, strict=True))
-    assert children(node.process.pid, "http") == workers
+    assert child_processes(node.process.pid, "http") == workers
     assert troubles(node) == []
     assert node.health()["status"] == "healthy"

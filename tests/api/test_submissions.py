@@ -24,8 +24,8 @@ import pytest
 from bzstream.chain.keys import Key, NotCanonical, canonical_json, encode_hotkey, encode_signature, load_key
 from bzstream.chain.signatures import Scheme
 from tests.api.desk import Desk, fields, new_key, signed, troubles
-from tests.nodes import TOKEN, Answer, Node, eventually, running_node
-from tests.test_node import answers, children
+from tests.nodes import TOKEN, Answer, Node, child_processes, eventually, running_node
+from tests.test_node import answers
 
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
 NOW, START = Desk.NOW, Desk.START
@@ -370,7 +370,7 @@ def test_a_chain_that_went_silent(place: Path) -> None:
         desk = Desk(node)
         desk.go_to(NOW)
         assert desk.submit(signed(new_key(), NOW)).status == 202
-        (chain,) = children(node.process.pid, "chain")
+        (chain,) = child_processes(node.process.pid, "chain")
         os.kill(chain, signal.SIGSTOP)
         try:
             eventually(lambda: node.health()["status"] == "degraded", "the chain is stale")

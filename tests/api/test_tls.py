@@ -68,7 +68,7 @@ def test_the_same_bytes_as_in_clear(node: Node, secure: Node) -> None:
 def test_curl_resumes(secure: Node, tmp_path: Path) -> None:
     out = tmp_path / "group-0.safetensors"
     headers = [part for name, value in secure.headers(0).items() for part in ("-H", f"{name}: {value}")]
-    trust = ["--cacert", str(secure.place / "cert.pem"), "--resolve", f"localhost:{secure.port}:127.0.0.1"]
+    trust = ["--cacert", str(secure.folder / "cert.pem"), "--resolve", f"localhost:{secure.port}:127.0.0.1"]
     command = ["curl", "-sS", "-f", "-C", "-", "-o", str(out), *trust, *headers, secure.url + BARE]
     first = subprocess.Popen([*command, "--limit-rate", "4M"])
     eventually(lambda: out.exists() and out.stat().st_size > 1 << 20, "curl has some of it")

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from bzstream.cli._toy import corpus, improve, train_toy
 from bzstream.config import EvaluationSettings
+from bzstream.demo.toy_model import corpus, improve, train_toy
 from bzstream.evaluation.judge import Judge
 from bzstream.evaluation.published import Published
 from bzstream.evaluation.readers import Wanted

@@ -21,8 +21,8 @@ from bzstream.chain.clock import Cycle
 from bzstream.chain.round_base import RoundBase
 from bzstream.chain.simulated import block_hash
 from bzstream.chain.state import ChainState
-from bzstream.cli._toy import forge_copy, forge_nan, forge_pickle_bomb
 from bzstream.config import LedgerSettings, Settings, StoreSettings, SubmitSettings
+from bzstream.demo.toy_model import forge_copy, forge_nan, forge_pickle_bomb
 from bzstream.evaluation import role
 from bzstream.evaluation.codes import EvaluationError, Failure
 from bzstream.evaluation.judge import Judge
