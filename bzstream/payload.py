@@ -2,57 +2,57 @@
 
 A payload is a run of bytes that is never assembled. Its parts are short byte strings (an envelope, a safetensors
 head, a multipart boundary) and *extents*, ranges of unit files that the kernel sends from its page cache by itself.
-The full model of the mission is one payload of some 12,000 extents; a ranged request for it must not copy that list,
-so a slice is a window over the same parts and costs O(1), and finding the part at a position costs O(log parts).
+The full model of Qwen3-VL-30B-A3B is one payload of some 12,000 extents; a ranged request for it must not copy that
+list, so a slice is a window over the same parts and costs O(1), and finding the part at a position costs O(log parts).
 
-Unit files are opened and mapped once and counted: whoever keeps a payload across turns of the event loop holds a
-reference (`retain`/`release`), so that a new snapshot never takes a file away from a download under way.
+A snapshot opens each of its unit files once, and uses are counted: code that keeps a payload across turns of the event
+loop holds a reference (`retain`/`release`), so that a new snapshot never takes a file away from a download under way.
+References are counted on the event loop's thread alone; reading is allowed on any thread.
 """
 
 from __future__ import annotations
 
-import mmap
+import errno
 import os
+import stat
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
+from bzstream.util.files import file_stamp, read_fully, stamp_of
+
 __all__ = ["Extent", "Payload", "UnitFile", "size_of"]
 
 
 class UnitFile:
-    """An immutable file, open and mapped for reading, with a count of its users; closed when the count falls to 0.
+    """An immutable file, open for reading, with a count of its users; closed when the count falls to 0.
 
     `intact()` is the cheap test before each download that the file is still the one that was opened; a sender that
     finds the file short (sendfile returned 0) sets `broken`, after which nobody serves from it again.
 
-    Raises OSError from the constructor when the file cannot be opened or mapped.
+    Raises OSError from the constructor when the file cannot be opened or is not a regular file.
     """
 
-    __slots__ = ("_references", "_stamp", "broken", "fd", "map", "path", "size")
+    __slots__ = ("_references", "_stamp", "broken", "fd", "path", "size")
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            status = os.fstat(self.fd)
-            self.size = status.st_size
-            # mmap refuses a length of 0; an empty file simply has no map.
-            self.map = mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ) if self.size else None
-        except BaseException:
+        # Without O_NONBLOCK, opening a named pipe would wait for its writer for ever.
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        status = os.fstat(self.fd)
+        if not stat.S_ISREG(status.st_mode):
             os.close(self.fd)
-            raise
-        self._stamp = (status.st_size, status.st_mtime_ns)
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        self.size = status.st_size
+        self._stamp = stamp_of(status)
         self._references = 1
         self.broken = False
 
     def intact(self) -> bool:
         """Whether size and modification time are still what they were at opening (one fstat, about 1 µs)."""
-        if not self.broken:
-            status = os.fstat(self.fd)
-            self.broken = (status.st_size, status.st_mtime_ns) != self._stamp
+        self.broken = self.broken or file_stamp(self.fd) != self._stamp
         return not self.broken
 
     def retain(self) -> None:
@@ -61,12 +61,10 @@ class UnitFile:
         self._references += 1
 
     def release(self) -> None:
-        """Give one reference back; the last one unmaps and closes the file."""
+        """Give one reference back; the last one closes the file."""
         assert self._references > 0, "a unit file was released more often than retained"
         self._references -= 1
         if self._references == 0:
-            if self.map is not None:
-                self.map.close()
             os.close(self.fd)
             self.fd = -1
 
@@ -154,13 +152,23 @@ class Payload:
         for file in self.files:
             file.release()
 
-    def read(self) -> bytes:
-        """All bytes, copied into memory: for heads, tests and small payloads."""
-        pieces: list[bytes] = []
+    def read_into(self, target: memoryview) -> int:
+        """Copy the bytes into `target`, as long as the payload. Returns the bytes read: fewer if a file was cut."""
+        done = 0
         for part in self:
+            size = size_of(part)
             if isinstance(part, Extent):
-                # pread, not the map: touching a mapped page of a file that was cut is a SIGBUS.
-                pieces.append(os.pread(part.file.fd, part.length, part.offset))
+                # pread, not a map: touching a mapped page of a file that was cut is a SIGBUS.
+                count = read_fully(part.file.fd, target[done : done + size], part.offset)
             else:
-                pieces.append(part)
-        return b"".join(pieces)
+                target[done : done + size] = part
+                count = size
+            done += count
+            if count < size:
+                break
+        return done
+
+    def read(self) -> bytes:
+        """All bytes, copied into memory: for heads, tests and small payloads. Shorter if a file was cut."""
+        target = bytearray(len(self))
+        return bytes(memoryview(target)[: self.read_into(memoryview(target))])

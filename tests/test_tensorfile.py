@@ -8,16 +8,13 @@ import os
 import struct
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bzstream.tensorfile import (
-    DTYPE_BITS,
     MAX_HEAD,
-    NUMPY_DTYPES,
     Tensor,
     TensorFileError,
     arrange,
@@ -27,6 +24,9 @@ from bzstream.tensorfile import (
     read_head,
     tensor_bytes,
 )
+from bzstream.util.dtypes import DTYPES
+
+NUMPY_DTYPES = {name: dtype.numpy for name, dtype in DTYPES.items() if dtype.numpy}
 
 
 def raw_head(document: object, *, text: str | None = None) -> bytes:
@@ -45,6 +45,7 @@ specs = st.dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(specs, st.dictionaries(names, st.text(st.characters(codec="utf-8"), max_size=8), max_size=3))
 def test_a_built_file_is_read_back_by_us_and_by_the_stock_library(
     wanted: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]
@@ -65,6 +66,7 @@ def test_a_built_file_is_read_back_by_us_and_by_the_stock_library(
         assert tuple(stock[tensor.name]["shape"]) == tensor.shape
 
 
+@settings(deadline=None)
 @given(specs)
 def test_every_tensor_lies_on_its_own_alignment_and_the_order_is_fixed(
     wanted: dict[str, tuple[str, tuple[int, ...]]],
@@ -114,7 +116,7 @@ def test_order_is_by_alignment_then_name() -> None:
         ({"a": [1]}, 8, "exactly"),
         ({"": entry()}, 8, "no name"),
         ({"a\x00b": entry()}, 8, "no name"),
-        ({"\ud800": entry()}, 8, "no name"),
+        ({"\ud800": entry()}, 8, "surrogate"),
         ({"__metadata__": {"a": 1}, "a": entry()}, 8, "__metadata__"),
         ({"__metadata__": "x", "a": entry()}, 8, "__metadata__"),
         ({"a": entry("F4", (3,), (0, 2))}, 2, "whole number"),
@@ -151,7 +153,7 @@ def test_a_head_that_is_no_json_object_is_refused(text: str) -> None:
 
 def test_invalid_utf8_is_refused() -> None:
     raw = struct.pack("<Q", 4) + b'{"\xff}'
-    with pytest.raises(TensorFileError, match="JSON"):
+    with pytest.raises(TensorFileError, match="UTF-8"):
         parse_head(raw, len(raw))
 
 
@@ -196,6 +198,7 @@ def test_misaligned_tensors_are_refused_on_request() -> None:
         parse_head(raw, len(raw) + 5, aligned=True)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_either_parsed_or_refused_in_a_sentence(noise: bytes) -> None:
     raw = struct.pack("<Q", len(noise)) + noise
@@ -203,6 +206,7 @@ def test_any_bytes_are_either_parsed_or_refused_in_a_sentence(noise: bytes) -> N
         parse_head(raw, len(raw))
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_one_changed_byte_never_crashes_the_parser(data: st.DataObject) -> None:
     tensors = arrange([("model.a", "BF16", (4, 2)), ("b", "F32", (3,)), ("c", "U8", ())])
@@ -220,10 +224,8 @@ def test_build_refuses_gaps_and_duplicates() -> None:
         build_head([Tensor("a", "U8", (1,), 0, 1), Tensor("a", "U8", (1,), 1, 2)])
 
 
-def test_dtypes_agree_with_numpy_and_with_the_stock_library() -> None:
-    for name, code in NUMPY_DTYPES.items():
-        assert np.dtype(code).itemsize * 8 == DTYPE_BITS[name]
-    for name in DTYPE_BITS:
+def test_dtypes_agree_with_the_stock_library() -> None:
+    for name in DTYPES:
         tensors = arrange([("a", name, (8,))])
         head = build_head(tensors)
         stock = safetensors.deserialize(head + bytes(tensors[0].end))  # type: ignore[no-untyped-call]

@@ -25,22 +25,14 @@ from bzstream.client.session import Session
 from bzstream.client.sinks import MemorySink
 from bzstream.client.transfer import Transfer
 from bzstream.client.tuning import Tuning
-from bzstream.tensorfile import NUMPY_DTYPES, Head, TensorFileError, parse_head
+from bzstream.tensorfile import Head, TensorFileError, parse_head
+from bzstream.util.dtypes import DTYPES
 
 __all__ = ["fetch_tensors"]
 
 MAX_HEAD = 32 * 1024 * 1024
 """Bytes of head accepted: the full model of the mission names some 19,000 tensors when they are stored one by one. Its
 hash was checked before, so that only the publisher could make it costly to parse."""
-
-_TORCH_DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
-    "BOOL": "bool", "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}  # fmt: skip
 
 
 def fetch_tensors(
@@ -162,7 +154,7 @@ def _numpy_views(head: Head, memory: memoryview) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for tensor in head.tensors:
-        dtype = NUMPY_DTYPES.get(tensor.dtype)
+        dtype = DTYPES[tensor.dtype].numpy
         if dtype is None:
             raise TensorFileError(f"the tensor {tensor.name!r} is {tensor.dtype}, which numpy cannot hold")
         raw = memory[head.data_start + tensor.start : head.data_start + tensor.end]
@@ -176,7 +168,7 @@ def _torch_views(head: Head, block: Any) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for tensor in head.tensors:
-        dtype = getattr(torch, _TORCH_DTYPES.get(tensor.dtype, ""), None)
+        dtype = getattr(torch, DTYPES[tensor.dtype].torch or "", None)
         if dtype is None:
             raise TensorFileError(f"the tensor {tensor.name!r} is {tensor.dtype}, which this torch cannot hold")
         raw = block[head.data_start + tensor.start : head.data_start + tensor.end]

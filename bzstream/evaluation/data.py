@@ -29,7 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bzstream.evaluation.codes import EvaluationError
-from bzstream.tensorfile import NUMPY_DTYPES, TensorFileError, read_head
+from bzstream.tensorfile import TensorFileError, read_head
+from bzstream.util.dtypes import DTYPES
 
 __all__ = ["Tokens", "load_tokens", "require_data"]
 
@@ -130,11 +131,13 @@ def _tokens_file(path: Path, vocabulary: int) -> NDArray[Any]:
             head = read_head(file.fileno())
         except TensorFileError as error:
             raise EvaluationError(f"the evaluation data {path} is not valid safetensors: {error}") from None
-    runs = [t for t in head.tensors if len(t.shape) == 1 and np.dtype(NUMPY_DTYPES.get(t.dtype, "f4")).kind in "iu"]
+    runs = [t for t in head.tensors if len(t.shape) == 1 and np.dtype(DTYPES[t.dtype].numpy or "f4").kind in "iu"]
     if len(runs) != 1 or runs[0].dtype in ("BF16", "F8_E4M3", "F8_E5M2") or not runs[0].shape[0]:
         raise EvaluationError(f"the evaluation data {path} must hold exactly one integer tensor of one dimension")
     run = runs[0]
-    return np.memmap(path, NUMPY_DTYPES[run.dtype], mode="r", offset=head.data_start + run.start, shape=run.shape)
+    return np.memmap(
+        path, np.dtype(DTYPES[run.dtype].numpy), mode="r", offset=head.data_start + run.start, shape=run.shape
+    )
 
 
 def _text(data: str, path: Path, vocabulary: int, cache: Path, tokenizer: str | None, most: int) -> NDArray[Any]:

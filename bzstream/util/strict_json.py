@@ -20,8 +20,9 @@ __all__ = ["DuplicateKey", "JsonError", "parse_json", "parse_json_object"]
 MAX_DEPTH = 64
 """Nested arrays and objects; what bzstream reads has 5 at the most, a checkpoint's config.json some 10."""
 
-_TOKENS = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{]|[\]}]', re.DOTALL)
-"""Strings, whole, and brackets. The possessive repeats never go back, so that the search is linear."""
+_NO_BRACKETS = re.compile(r'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+"?)++', re.DOTALL)
+"""Everything but brackets: strings, whole, and what stands between. The possessive repeats never go back, so that the
+search is linear."""
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -82,15 +83,13 @@ def parse_json_object(text: bytes | str, **limits: Any) -> dict[str, Any]:
 def _check_depth(text: str, most: int) -> None:
     if text.count("[") + text.count("{") <= most:
         return
-    depth = 0
-    for token in _TOKENS.finditer(text):
-        first = text[token.start()]
-        if first in "[{":
-            depth += 1
-            if depth > most:
-                raise JsonError(f"it is nested more than {most} deep")
-        elif first in "]}":
-            depth -= 1
+    brackets = _NO_BRACKETS.sub("", text)
+    for _ in range(most):  # each round takes the innermost pairs away
+        if not brackets:
+            return
+        brackets = brackets.replace("[]", "").replace("{}", "")
+    if brackets:
+        raise JsonError(f"it is nested more than {most} deep, or its brackets do not match")
 
 
 def _check_surrogates(value: object) -> None:

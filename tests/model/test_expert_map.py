@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bzstream.model.errors import BadExpertMap
@@ -21,6 +21,7 @@ def write_task(folder: Path, name: str, config: object, assignment: object) -> N
     (task / "expert_assignment.json").write_text(json.dumps(assignment))
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.integers(0, 99), st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 12))
 def test_an_even_split_covers_every_expert_once(layers: dict[int, int], groups: int) -> None:
     if min(layers.values()) < groups:

@@ -21,7 +21,7 @@ from bzstream.model.errors import (
 )
 from bzstream.model.plan import make_plan
 from bzstream.model.write_units import buffers_of
-from bzstream.tensorfile import DTYPE_BITS
+from bzstream.util.dtypes import DTYPES
 
 from .build import SPLIT, Signer, Spec, check_store, fused, separate, tree, write_checkpoint
 
@@ -354,8 +354,8 @@ def test_the_full_view_loads_with_the_stock_library(tmp_path: Path) -> None:
 
 
 def test_every_dtype_of_the_format_is_published(tmp_path: Path) -> None:
-    specs: dict[str, Spec] = {f"model.other.{dtype}": (dtype, (8,)) for dtype in DTYPE_BITS}
-    specs |= {f"layers.0.mlp.experts.{dtype}": (dtype, (2, 4)) for dtype in DTYPE_BITS}
+    specs: dict[str, Spec] = {f"model.other.{dtype}": (dtype, (8,)) for dtype in DTYPES}
+    specs |= {f"layers.0.mlp.experts.{dtype}": (dtype, (2, 4)) for dtype in DTYPES}
     data = write_checkpoint(tmp_path / "in", specs)
     publish(tmp_path / "in", tmp_path / "store", block=1, version="a", groups=2)
     check_store(tmp_path / "store", specs, data, {0: {0: (0,)}, 1: {0: (1,)}})
