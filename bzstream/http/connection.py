@@ -25,11 +25,12 @@ from msgspec.structs import replace
 
 from bzstream.http import framing, heads
 from bzstream.http.heads import RequestHead
-from bzstream.http.incoming import BodyReader, check_body_head, translate
+from bzstream.http.incoming import check_body_head, translate
 from bzstream.http.links import Link
 from bzstream.http.messages import Endpoint, HttpError, Representation, Request, Response, Result
 from bzstream.http.observer import RequestRecord
 from bzstream.http.peers import caller_of
+from bzstream.http.request_body import ChunkedBody, RequestBody, SizedBody
 from bzstream.http.selection import Answer, answer_for
 from bzstream.http.sender import Damaged, Transfer, TransferState
 
@@ -40,6 +41,8 @@ __all__ = ["Connection", "Phase"]
 
 _RECEIVE = 16 * 1024
 """Bytes of one recv. Whatever is pipelined beyond the current request waits in the kernel, but for this much."""
+_EMPTY_LINES = 8
+"""Empty lines before a request line that are ignored (RFC 9112 2.2 asks for one at least)."""
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _CLIENT_CLOSED = 499
 _LOOKS = 8
@@ -67,13 +70,16 @@ class Connection:
     """A client's connection to the server that it was accepted by."""
 
     __slots__ = (
-        "_address", "_answer", "_bodiless", "_body", "_checked", "_complete", "_ending", "_endpoint", "_eof", "_head",
-        "_inbox", "_last", "_lead_body", "_lingered", "_link", "_loopback", "_moved", "_readable", "_request",
-        "_scanned", "_server", "_started", "_taken", "_task", "_transfer", "deadline", "fd", "phase", "seat", "slot",
-        "surplus",
+        "_address", "_answer", "_bodiless", "_body", "_checked", "_complete", "_empty_lines", "_ending", "_endpoint",
+        "_eof", "_head", "_inbox", "_last", "_lead_body", "_lingered", "_link", "_loopback", "_moved", "_proxied",
+        "_readable", "_request", "_scanned", "_server", "_started", "_taken", "_task", "_transfer", "caller_slot",
+        "deadline", "extra_of", "fd", "phase", "slot", "surplus",
     )  # fmt: skip
 
-    def __init__(self, server: Server, link: Link, fd: int, address: str, loopback: bool) -> None:
+    def __init__(
+        self, server: Server, link: Link, fd: int, address: str, loopback: bool, *, proxied: bool = False
+    ) -> None:
+        """`proxied`: whether the address is one of a trusted proxy."""
         # For as long as the connection lives.
         self._server = server
         self._link = link
@@ -81,8 +87,9 @@ class Connection:
         self._address = address
         self._loopback = loopback
         self.phase = HEAD
-        self.seat: str | None = None
-        """The caller under whose connection limit this one counts; None while it has no seat."""
+        self._proxied = proxied
+        self.caller_slot: str | None = None
+        self.extra_of: str | None = None
         self.surplus = False
         """Accepted beyond the worker's limit, to be told so."""
         # What the poller and the wheel know.
@@ -104,6 +111,7 @@ class Connection:
     def _forget_request(self) -> None:
         """The state of a connection between two requests."""
         self._started = 0.0
+        self._empty_lines = 0
         self._head: RequestHead | None = None
         self._request: Request | None = None
         self._complete = False
@@ -111,7 +119,7 @@ class Connection:
         self._endpoint: Endpoint | None = None
         self._checked: object = None
         """What the endpoint's `check` returned, for its `handle`."""
-        self._body: BodyReader | None = None
+        self._body: RequestBody | None = None
         self._task: asyncio.Task[None] | None = None
         self._answer: Answer | None = None
         self._last = False
@@ -219,8 +227,10 @@ class Connection:
         settings = self._server.settings
         while True:
             while self._inbox.startswith(b"\r\n"):
-                # RFC 9112 2.2: empty lines before a request line are a relic, to be ignored.
                 self._inbox, self._scanned = self._inbox[2:], 0
+                self._empty_lines += 1
+                if self._empty_lines > _EMPTY_LINES:
+                    raise framing.malformed("More empty lines than a client has reason to send.")
             if self._inbox and self._inbox != b"\r":
                 begun = bool(self._started)
                 if not begun:
@@ -230,10 +240,12 @@ class Connection:
                     raise HttpError(431, "head_too_large", f"A request head has at most {settings.max_head} bytes.")
                 if end > 0:
                     head, self._inbox, self._scanned = self._inbox[:end], self._inbox[end:], 0
+                    self._server.limits.work(self)
                     self._begin(head)
                     return
                 self._scanned = len(self._inbox)
                 if not begun:
+                    self._server.limits.wait(self)
                     self._set_deadline(self._started + settings.head_timeout_s)
             if not self._fill():
                 break
@@ -248,7 +260,7 @@ class Connection:
         settings = server.settings
         self._bodiless = head.startswith(b"HEAD ")
         self._head = understood = heads.read_head(head, settings.max_fields)
-        self._complete = not understood.has_body
+        self._complete = understood.body_length == 0
         request = translate(understood, self._address, self._link.secure, self._loopback, server.proxies)
         self._request = request
         self._endpoint = endpoint = server.application.admit(request)
@@ -258,37 +270,44 @@ class Connection:
         if endpoint.limited and (refusal := server.refusal(self, request.caller)) is not None:
             self._last = True  # the connection has no place here
             raise refusal
-        if self._complete:
+        if self._complete or (understood.body_length is None and not endpoint.reads_body):
+            # A chunked body that nobody reads is not parsed: the answer is the connection's last, and what comes is
+            # discarded after it.
             self._handle()
             return
         self.phase = BODY
-        parser = heads.body_parser(head)
-        self._body = BodyReader(parser, settings.max_body, chunked="transfer-encoding" in request.headers)
+        if understood.body_length is None:
+            self._body = ChunkedBody(settings.max_body)
+        else:
+            self._body = SizedBody(understood.body_length, keep=endpoint.reads_body)
         self._set_deadline(server.clock() + settings.body_timeout_s)
-        if parser.they_are_waiting_for_100_continue and not self._inbox:
+        if understood.expects_continue and not self._inbox:
             interim = heads.write_head(100, ())
             if self._link.send(interim, False) != len(interim):
                 raise ConnectionError("no room for the first 25 bytes")
         self._read_body()
 
     def _read_body(self) -> None:
+        """Read a bounded piece of the body; if there may be more, in a later turn of the loop."""
         assert self._body is not None
         assert self._request is not None
-        assert self._endpoint is not None
-        while True:
-            piece, self._inbox = self._inbox, b""
-            if self._body.feed(piece):
-                break
-            if not self._fill():
-                if self._eof:
-                    raise framing.malformed("The connection ended inside a request body.")
-                return
+        done = self._feed_body() or (not self._body.pending and self._fill() and self._feed_body())
+        if not done:
+            if self._body.pending or self._readable:
+                self._server.resume(self)
+            elif self._eof:
+                raise framing.malformed("The connection ended inside a request body.")
+            return
         self._inbox = self._body.leftover
-        if self._endpoint.reads_body:
-            self._request.body = bytes(self._body.content)
+        self._request.body = bytes(self._body.content)
         self._body = None
         self._complete = True
         self._handle()
+
+    def _feed_body(self) -> bool:
+        assert self._body is not None
+        piece, self._inbox = self._inbox, b""
+        return self._body.feed(piece)
 
     # Making an answer.
 
@@ -383,6 +402,9 @@ class Connection:
         self._report()
         last = self._last or self._server.draining
         self._forget_request()
+        self._server.limits.wait(self)
+        if self._proxied:
+            self._server.limits.release(self)
         if last:
             self._link.finish()
             self.phase = LINGERING

@@ -19,7 +19,7 @@ import msgspec
 from bzstream.http.framing import check_head, malformed, split_target
 from bzstream.http.messages import PHRASES, Fields, Headers
 
-__all__ = ["RequestHead", "body_parser", "read_head", "write_head"]
+__all__ = ["RequestHead", "read_head", "write_head"]
 
 _REMEMBERED = 512
 _SHORT = 1024
@@ -39,7 +39,10 @@ class RequestHead(msgspec.Struct, frozen=True):
     """Such as b"1.1"."""
     persistent: bool
     """Whether the client can go on after the answer (RFC 9112 9.3; HTTP/1.0 is answered once)."""
-    has_body: bool
+    body_length: int | None
+    """Bytes of the body, 0 for none; None for a chunked one."""
+    expects_continue: bool
+    """Whether the client waits for a 100 before it sends the body (RFC 9110 10.1.1)."""
 
 
 def read_head(head: bytes, max_fields: int) -> RequestHead:
@@ -48,14 +51,6 @@ def read_head(head: bytes, max_fields: int) -> RequestHead:
     Raises HttpError 400, 431 (too many fields) or 505 (major version other than 1).
     """
     return _remembered(head, max_fields) if len(head) <= _SHORT else _understand(head, max_fields)
-
-
-def body_parser(head: bytes) -> h11.Connection:
-    """A parser that has this head behind it and waits for the body. `head` is one that `read_head` understood."""
-    parser = h11.Connection(h11.SERVER, max_incomplete_event_size=len(head) + 1)
-    parser.receive_data(head)
-    parser.next_event()
-    return parser
 
 
 def write_head(status: int, fields: Fields | list[tuple[str, str]]) -> bytes:
@@ -77,16 +72,19 @@ def _understand(head: bytes, max_fields: int) -> RequestHead:
     parser.receive_data(head)
     try:
         event = parser.next_event()
-        assert isinstance(event, h11.Request)
-        has_body = not isinstance(parser.next_event(), h11.EndOfMessage)
     except h11.RemoteProtocolError:
         raise malformed("The request head does not follow HTTP/1.1.") from None
+    assert isinstance(event, h11.Request)
     method, target = event.method.decode("ascii"), event.target.decode("ascii")
     headers = Headers([(name.decode("ascii"), value.decode("latin-1")) for name, value in event.headers])
     path, query = split_target(method, target)
     options = (headers.list("connection") or "").lower().split(",")
     persistent = event.http_version >= b"1.1" and "close" not in (option.strip() for option in options)
-    return RequestHead(method, target, path, query, headers, event.http_version, persistent, has_body)
+    # Nineteen digits are more than any limit, and int() of long text is slow.
+    digits = (headers.get("content-length") or "").lstrip("0")[:19]
+    length = None if "transfer-encoding" in headers else int(digits or "0")
+    expects = event.http_version != b"1.0" and (headers.list("expect") or "").lower() == "100-continue"
+    return RequestHead(method, target, path, query, headers, event.http_version, persistent, length, expects)
 
 
 _remembered = lru_cache(_REMEMBERED)(_understand)

@@ -24,6 +24,7 @@ from ipaddress import ip_address
 from bzstream.config import HttpSettings
 from bzstream.http.connection import Connection
 from bzstream.http.dates import format_date
+from bzstream.http.limits import RESERVE, ConnectionLimits
 from bzstream.http.links import Link, PlainLink
 from bzstream.http.messages import HttpError
 from bzstream.http.observer import Application, Observer
@@ -40,8 +41,6 @@ _ACCEPTS = 16
 """Connections taken from one listener in a row."""
 _BATCH = 256
 """Events fetched from the kernel at a time."""
-_RESERVE = 256
-"""Connections beyond the limit that are still accepted, to be told 503 in proper form; more are closed unheard."""
 _SHORT_OF = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _PAUSE_S = 0.2
 """Without descriptors or memory for another connection, accepting rests for so long."""
@@ -80,6 +79,9 @@ class Server:
         Raises ValueError for `trusted_proxies` that are no networks, TlsError for a certificate that cannot be used.
         """
         # What connections use.
+        self.limits: ConnectionLimits[Connection] = ConnectionLimits(
+            settings.max_connections, settings.max_connections_per_caller
+        )
         self.settings = settings
         self.application = application
         self.observer = observer
@@ -108,9 +110,9 @@ class Server:
         self._listeners: dict[int, socket.socket] = {}
         self._resting = False
         self._connections: dict[int, Connection] = {}
-        self._seats: dict[str, int] = {}
         # The turn.
         self._news: deque[tuple[Connection, int]] = deque()
+        self._resumed: deque[Connection] = deque()
         self._late: deque[Connection] = deque()
         self._turn_due = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -123,7 +125,7 @@ class Server:
 
     def start(self, sockets: list[socket.socket]) -> None:
         """Serve on bound TCP sockets (listening is begun here); they belong to the server from now on."""
-        raise_descriptor_limit(self.settings.max_connections + _RESERVE + _OTHER_DESCRIPTORS)
+        raise_descriptor_limit(self.settings.max_connections + RESERVE + _OTHER_DESCRIPTORS)
         for listener in sockets:
             listener.setblocking(False)
             listener.listen(self.settings.backlog)
@@ -131,6 +133,17 @@ class Server:
         self._listen()
         self._loop.add_reader(self._epoll.fileno(), self._polled)
         self._beat(self.clock())
+
+    @property
+    def settings(self) -> HttpSettings:
+        """The settings in force; they can be replaced while the server runs."""
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: HttpSettings) -> None:
+        self._settings = settings
+        self.limits.most = settings.max_connections
+        self.limits.most_per_caller = settings.max_connections_per_caller
 
     @property
     def connections(self) -> int:
@@ -196,13 +209,13 @@ class Server:
             self._loop.call_soon(self._turn)
 
     def resume(self, connection: Connection) -> None:
-        """Let a connection proceed in a later turn, so that one that pipelines does not keep others waiting."""
-        self._news.append((connection, 0))
+        """Let a connection proceed in a later turn, after connections with events of their own."""
+        self._resumed.append(connection)
         self.wake()
 
     def refusal(self, connection: Connection, caller: str) -> HttpError | None:
         """Why a request cannot be taken on: 429 or 503, or None. Makes the connection one of `caller`'s."""
-        if not self._take_seat(connection, caller):
+        if not self.limits.take_slot(connection, caller):
             limit = self.settings.max_connections_per_caller
             return HttpError(
                 429, "too_many_connections", f"A caller has at most {limit} connections at a time.", _RETRY_AFTER
@@ -226,7 +239,7 @@ class Server:
         """A connection is closing: nobody shall come back to it."""
         del self._connections[connection.fd]
         self.wheel.disarm(connection)
-        self._leave_seat(connection)
+        self.limits.leave(connection)
         if not self._connections:
             self._emptied.set()
 
@@ -266,14 +279,19 @@ class Server:
             connection.on_events(events)
             if self.clock() >= deadline:
                 break
-        # A crowd that came together is late together. Who has news does not wait for it, nor it for ever.
+        # Many deadlines may expire at once, and many connections may have more to do. Those with events do not wait
+        # for them; of each kind at least one has its turn.
         while self._late:
             self._late.popleft().on_deadline(self.clock())
             if self.clock() >= deadline:
                 break
+        for _ in range(len(self._resumed)):
+            self._resumed.popleft().proceed()
+            if self.clock() >= deadline:
+                break
         for fd in accepting:
             self._accept(self._listeners[fd])
-        if news or self._late:
+        if news or self._late or self._resumed:
             self.wake()
 
     def _beat(self, expected: float) -> None:
@@ -325,7 +343,11 @@ class Server:
                 sock.close()
 
     def _adopt(self, sock: socket.socket, address: str) -> None:
-        if len(self._connections) >= self.settings.max_connections + _RESERVE:
+        proxied = address in self.proxies
+        caller = None if proxied else caller_of(address)
+        if (other := self.limits.gives_way(caller, len(self._connections))) is not None:
+            other.close()
+        if not self.limits.has_room(caller, len(self._connections)):
             sock.close()
             return
         sock.setblocking(False)
@@ -338,11 +360,10 @@ class Server:
         except OSError:
             link.close(reset=False)
             return
-        connection = Connection(self, link, fd, address, ip_address(address).is_loopback)
+        connection = Connection(self, link, fd, address, ip_address(address).is_loopback, proxied=proxied)
         connection.surplus = len(self._connections) >= self.settings.max_connections
         self._connections[fd] = connection
-        if address not in self.proxies:
-            self._take_seat(connection, caller_of(address))
+        self.limits.enter(connection, caller)
 
     def _link(self, sock: socket.socket) -> Link:
         if self._certificate is None:
@@ -352,20 +373,3 @@ class Server:
             self._certificate.problem = None
             self.observer.on_error(problem, None)
         return TlsLink(sock, context)
-
-    def _take_seat(self, connection: Connection, caller: str) -> bool:
-        if connection.seat == caller:
-            return True
-        self._leave_seat(connection)
-        if self._seats.get(caller, 0) >= self.settings.max_connections_per_caller:
-            return False
-        self._seats[caller] = self._seats.get(caller, 0) + 1
-        connection.seat = caller
-        return True
-
-    def _leave_seat(self, connection: Connection) -> None:
-        if connection.seat is not None:
-            self._seats[connection.seat] -= 1
-            if not self._seats[connection.seat]:
-                del self._seats[connection.seat]
-            connection.seat = None

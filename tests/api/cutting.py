@@ -231,7 +231,7 @@ class Rig:
         await until(lambda: server.connections == server.downloads == 0, "connections and downloads end")
         await until(lambda: asyncio.all_tasks() == {me}, "tasks end")
         await until(lambda: set(references(self.api).values()) == {1}, "files are let go")
-        assert server._seats == {}
+        assert server.limits.counts_nobody
         assert not any(server.wheel._slots.values())
         assert self.observer.errors == []
         assert self.observer.damaged == []

@@ -37,6 +37,8 @@ AUTH = f"Authorization: Bearer {TOKEN}\r\n"
 ETAG = '"tag"'
 MODIFIED = 1_700_000_000
 ENVELOPE = b"E" * 4096
+_BIND_ADDRESS_NO_PORT = 24
+"""IP_BIND_ADDRESS_NO_PORT of ip(7): the port is chosen by connect, from as many as without a bind."""
 
 
 class Recorder:
@@ -221,8 +223,10 @@ class Answer:
 class Client:
     """A raw TCP client that parses answers with h11."""
 
-    def __init__(self, port: int, receive_buffer: int | None = None) -> None:
+    def __init__(self, port: int, receive_buffer: int | None = None, source: str = "127.0.0.1") -> None:
         self.socket = socket.socket()
+        self.socket.setsockopt(socket.IPPROTO_IP, _BIND_ADDRESS_NO_PORT, 1)
+        self.socket.bind((source, 0))
         if receive_buffer is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.socket.settimeout(20)

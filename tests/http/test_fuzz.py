@@ -143,7 +143,7 @@ async def fuzz(application: TinyApplication, observer: Recorder, count: int) -> 
             assert code in ALLOWED, (code, data)
             seen[code] += 1
     assert server.connections == server.downloads == 0
-    assert server._seats == {}
+    assert server.limits.counts_nobody
     await server.close()
     assert asyncio.all_tasks() == {asyncio.current_task()}
     return seen

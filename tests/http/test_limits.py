@@ -150,10 +150,12 @@ def test_400_and_403_come_before_429_and_no_handler_runs_for_it(serve: Serve) ->
 
 def test_a_full_worker(serve: Serve) -> None:
     server = serve(max_connections=2)
-    with server.connect() as first, server.connect() as second, server.connect() as third:
-        for client in (first, second):
-            client.send(HEALTH)
-            assert client.read().status == 200
+    with ExitStack() as stack:
+        for number in range(2):
+            client = stack.enter_context(server.connect(receive_buffer=4096))
+            client.send(FILE)
+            wait_until(lambda number=number: server.server.downloads == number + 1)  # type: ignore[misc]
+        third = stack.enter_context(server.connect())
         third.send(PEER + "\r\n")
         answer = third.read()
         assert (answer.status, answer.code, answer.get("retry-after")) == (503, "server_full", "1")
@@ -226,7 +228,7 @@ def test_behind_a_trusted_proxy(serve: Serve) -> None:
             answer = client.read()
             assert answer.body == f'["{peer}","{peer}",true,true]'.encode()
         second.send(forwarded)
-        assert second.read().status == 429
+        assert second.read().status == 200, "a place is held for the request alone"
 
 
 def test_idle_connections_are_cheap(serve: Serve) -> None:
