@@ -270,14 +270,12 @@ class Connection:
         if endpoint.limited and (refusal := server.refusal(self, request.caller)) is not None:
             self._last = True  # the connection has no place here
             raise refusal
-        if self._complete or (understood.body_length is None and not endpoint.reads_body):
-            # A chunked body that nobody reads is not parsed: the answer is the connection's last, and what comes is
-            # discarded after it.
+        if self._complete:
             self._handle()
             return
         self.phase = BODY
         if understood.body_length is None:
-            self._body = ChunkedBody(settings.max_body)
+            self._body = ChunkedBody(settings.max_body, keep=endpoint.reads_body)
         else:
             self._body = SizedBody(understood.body_length, keep=endpoint.reads_body)
         self._set_deadline(server.clock() + settings.body_timeout_s)

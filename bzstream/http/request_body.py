@@ -72,10 +72,15 @@ class SizedBody:
 class ChunkedBody:
     """A body with Transfer-Encoding: chunked, of at most `limit` bytes. Trailer fields are checked and dropped."""
 
-    __slots__ = ("_buffer", "_framing", "_in_trailers", "_left", "_limit", "_scanned", "content", "leftover", "pending")
+    __slots__ = (
+        "_buffer", "_content_left", "_framing", "_in_trailers", "_keep", "_left", "_limit", "_scanned", "content",
+        "leftover", "pending",
+    )  # fmt: skip
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, limit: int, *, keep: bool) -> None:
+        """`keep`: False for an endpoint that reads no body; the content is then counted and dropped."""
+        self._limit = self._content_left = limit
+        self._keep = keep
         self._buffer = b""
         self._scanned = 0
         """Bytes of the buffer that hold no line end."""
@@ -117,7 +122,8 @@ class ChunkedBody:
         end = min(at + self._left, len(self._buffer))
         taken = self._buffer[at:end]
         content = max(0, self._left - 2)
-        self.content += taken[:content]
+        if self._keep:
+            self.content += taken[:content]
         expected = b"\r\n"[max(0, 2 - self._left) :]
         if not expected.startswith(taken[content:]):
             raise malformed("The data of a chunk does not end with CR LF where its size says.")
@@ -147,7 +153,8 @@ class ChunkedBody:
         size = int(match[1], 16) if match is not None else _LARGEST + 1
         if size > _LARGEST:
             raise malformed("A chunk does not begin with its size, in at most 32 bits, and well-formed extensions.")
-        if len(self.content) + size > self._limit:
+        self._content_left -= size
+        if self._content_left < 0:
             raise too_large(self._limit)
         if size:
             self._left = size + 2

@@ -139,7 +139,7 @@ TABLE: list[tuple[str, int, str | None, bool]] = [
     (POST + "Transfer-Encoding: chunked\r\n\r\n-1\r\n", 400, "malformed_request", False),
     (POST + "Transfer-Encoding: chunked\r\n\r\n2\n{}\r\n0\r\n\r\n", 400, "malformed_request", False),
     (POST + "Transfer-Encoding: chunked\r\n\r\n2\r\n{}0\r\n\r\n", 400, "malformed_request", False),
-    (POST + "Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nA: b\r\n\r\n", 400, "malformed_request", False),
+    (POST + "Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nA: b\r\n\r\n", 400, "missing_field", True),
     (POST + "Transfer-Encoding: CHUNKED\r\n\r\n0002\r\n{}\r\n000\r\n\r\n", 400, "missing_field", True),
     (POST + "Content-Length: 2\r\n\r\n{}", 400, "missing_field", True),
     (POST + "Content-Length: 0002\r\n\r\n{}", 400, "missing_field", True),

@@ -104,17 +104,15 @@ def chunked(target: str, method: str, chunk: bytes, count: int) -> bytes:
 
 
 @pytest.mark.parametrize("chunk", [b"1\r\nx\r\n", b"1;" + b"e" * 14_000 + b"\r\nx\r\n"], ids=["tiny", "extended"])
-@pytest.mark.parametrize(("method", "target", "status"), [("GET", "/health", 200), ("POST", "/echo", 413)])
-def test_a_body_of_chunks_costs_what_its_limit_is_worth(
-    serve: Serve, chunk: bytes, method: str, target: str, status: int
-) -> None:
+@pytest.mark.parametrize(("method", "target"), [("GET", "/health"), ("POST", "/echo")])
+def test_a_body_of_chunks_costs_what_its_limit_is_worth(serve: Serve, chunk: bytes, method: str, target: str) -> None:
     server = serve(linger_s=0.2)
     body = chunked(target, method, chunk, 65_536 if len(chunk) < 10 else 30)
     begun = server_cpu(server)
     with server.connect() as client:
         with suppress(ConnectionError):  # the server stops reading at its limit
             client.send(body)
-        assert client.read().status == status
+        assert client.read().status == 413
         assert client.ends()
     assert server_cpu(server) - begun < 0.15, "h11 took 2 s for the one, and read every byte of the other"
 

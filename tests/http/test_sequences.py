@@ -98,8 +98,6 @@ class Ask:
             return 405, None, goes_on and not has_body
         if has_body and len(self.body or b"") > MAX_BODY:
             return 413, None, False
-        if self.body is not None and self.chunks and self.path != "/echo":
-            goes_on = False  # nobody reads it, so it is not parsed
         if self.path == "/health":
             return 200, None, goes_on
         if self.path == "/echo":
