@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bzstream.cli._options import AsJson, CaFile, ProofKey, Url, client_command
+
 if TYPE_CHECKING:
     from bzstream.client import LinkReport, Sweep
 
@@ -17,7 +19,7 @@ __all__ = ["bench"]
 
 
 def bench(
-    url: Annotated[str, typer.Argument(help="Validator, such as http://10.0.0.7:8000.")],
+    url: Url,
     group: Annotated[
         int | None, typer.Option(min=0, help="Expert group to download. Default: the shared tensors.")
     ] = None,
@@ -26,11 +28,11 @@ def bench(
     hotkey: Annotated[
         str | None, typer.Option(help="SS58 address to ask in the name of. Default: a made-up one.")
     ] = None,
-    key: Annotated[str | None, typer.Option(help="Key file or wallet that proves it.")] = None,
+    key: ProofKey = None,
     validator_hotkey: Annotated[str | None, typer.Option(help="SS58 address of the validator.")] = None,
-    ca_file: Annotated[Path | None, typer.Option(help="PEM certificates to trust instead of the system's.")] = None,
+    ca_file: CaFile = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the sweep into this PNG file (needs matplotlib).")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Download for some seconds with each number of connections; nothing is written to disk.
 
@@ -48,7 +50,7 @@ def bench(
 
         # An address that nobody has the key of: the slice needs a claim, the measurement no identity.
         hotkey = encode_hotkey(b"bzstream bench".ljust(32, b"\0"))
-    try:
+    with client_command("stopped"):
         report = client.measure(
             url,
             group=group,
@@ -57,12 +59,8 @@ def bench(
             hotkey=hotkey,
             key=key,
             validator_hotkey=validator_hotkey,
-            ca_file=str(ca_file) if ca_file is not None else None,
+            ca_file=ca_file,
         )
-    except (client.UsageError, client.BadUrl) as error:
-        raise typer.BadParameter(str(error)) from None
-    except KeyboardInterrupt:
-        raise client.Stopped("stopped") from None
     if as_json:
         print(json.dumps(dataclasses.asdict(report), indent=2))
     else:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bzstream.cli._options import Config, LedgerFile, Store, existing_ledger, settings_of
+
 if TYPE_CHECKING:
     from bzstream.config import Settings
     from bzstream.evaluation.records import Evaluation
@@ -19,23 +21,21 @@ __all__ = ["evaluate"]
 def evaluate(
     file: Annotated[Path | None, typer.Argument(help="The checkpoint: .safetensors or .pt.")] = None,
     group: Annotated[int | None, typer.Option(help="Expert group that it was trained for.", min=0)] = None,
-    store: Annotated[Path | None, typer.Option(help="The store that holds the published model.")] = None,
+    store: Store = None,
     data: Annotated[str | None, typer.Option(help="Tokens file, text, or name of a dataset.")] = None,
     version: Annotated[str | None, typer.Option(help="Model version; default: the current one.")] = None,
     seed: Annotated[str | None, typer.Option(help="Hash of a block, in hex; default: a random one.")] = None,
     repeat: Annotated[str | None, typer.Option(help="Repeat this submission's evaluation from the ledger.")] = None,
-    ledger: Annotated[Path | None, typer.Option(help="The ledger of --repeat; default: as `serve`.")] = None,
+    ledger: LedgerFile = None,
     device: Annotated[str | None, typer.Option(help="Torch device; default: cpu.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Settings file.")] = None,
+    config: Config = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole record as JSON.")] = False,
 ) -> None:
     """Score a checkpoint against the published model, with the validator's own checks and code."""
-    from bzstream import config as configuration
     from bzstream.evaluation.codes import EvaluationError
 
     flags = {"store.path": store, "evaluation.data": data, "evaluation.device": device, "ledger.url": ledger}
-    given = {name: None if value is None else str(value) for name, value in flags.items()}
-    settings = configuration.load(file=config, environment=os.environ, flags=given)
+    settings = settings_of(config, flags)
     if repeat is not None:
         _repeat(settings, repeat, file, as_json)
         return
@@ -113,9 +113,7 @@ def _repeat(settings: Settings, submission_id: str, file: Path | None, as_json: 
     from bzstream.evaluation.repeating import compare, find_file, settings_of
     from bzstream.submissions.ledger import Ledger
 
-    where = settings.ledger_location()
-    if "://" not in where and not Path(where).exists():
-        raise EvaluationError(f"there is no ledger {where}; check --ledger or --store")
+    where = existing_ledger(settings)
     ledger, records = Ledger.open(where), Records(where)
     try:
         record, kept = ledger.find(submission_id), records.find(submission_id)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bzstream.cli._options import AsJson
 from bzstream.errors import BzstreamError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="STORE|FILE", help="A store, or a downloaded file.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read and hash every byte.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show snapshots, units, sizes and hashes; with --verify read and hash everything again."""
     from bzstream.cli._progress import progress_bar

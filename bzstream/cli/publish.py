@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from bzstream.cli._options import AsJson, Config, SigningKey, Store, settings_of
 
 if TYPE_CHECKING:
     from bzstream.model import ManifestSigner, Publication, PublishedUnit
@@ -18,7 +19,7 @@ def publish(
     checkpoint: Annotated[Path, typer.Argument(help="Folder with config.json and the .safetensors files.")],
     block: Annotated[int, typer.Option(min=0, help="Chain block at which the model was taken.")],
     version: Annotated[str, typer.Option(help="Name of this version, such as step_1000.")],
-    store: Annotated[Path | None, typer.Option(help="Folder of the snapshots.")] = None,
+    store: Store = None,
     experts: Annotated[
         Path | None, typer.Option(help="Expert map: a JSON file or the subnet's folder of tasks.")
     ] = None,
@@ -26,25 +27,18 @@ def publish(
         int | None, typer.Option(min=1, help="Instead of a map: split evenly into so many groups.")
     ] = None,
     keep: Annotated[int | None, typer.Option(min=1, help="Versions that stay in the store.")] = None,
-    key: Annotated[
-        str | None, typer.Option(help="Key file or wallet (<wallet>/<hotkey>) that signs the manifests.")
-    ] = None,
+    key: SigningKey = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing; say what would be written.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    config: Annotated[Path | None, typer.Option(help="Settings file.")] = None,
+    as_json: AsJson = False,
+    config: Config = None,
 ) -> None:
     """Slice a checkpoint into units, hash them, and make them the store's current snapshot."""
     if (experts is None) == (groups is None):
         raise typer.BadParameter("give either --experts PATH or --groups N")
     from bzstream import model
     from bzstream.cli._progress import progress_bar
-    from bzstream.config import load
 
-    settings = load(
-        file=config,
-        environment=os.environ,
-        flags={"store.path": store and str(store), "store.keep": keep, "node.wallet": key},
-    )
+    settings = settings_of(config, {"store.path": store, "store.keep": keep, "node.wallet": key})
     if settings.store.path is None:
         raise typer.BadParameter("give --store STORE (or the setting store.path)")
     with progress_bar("checking" if dry_run else "publishing") as progress:

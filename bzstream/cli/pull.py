@@ -9,17 +9,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from bzstream.cli._options import CaFile, Hotkey, ProofKey, client_command
+from bzstream.cli._progress import Moment, Throttle, byte_count, show_progress
+
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from bzstream.client import Progress, PullReport
 
 __all__ = ["pull"]
-
-PLAIN_EVERY_S = 5.0
-"""Seconds between two lines where there is no terminal."""
 
 
 def pull(
@@ -30,17 +32,15 @@ def pull(
     ] = None,
     shared: Annotated[bool, typer.Option("--shared", help="The tensors of no expert: shared.safetensors.")] = False,
     full: Annotated[bool, typer.Option("--full", help="The whole model: model.safetensors. For validators.")] = False,
-    hotkey: Annotated[str | None, typer.Option(help="SS58 address to ask in the name of.")] = None,
-    key: Annotated[
-        str | None,
-        typer.Option(help="Key file or wallet (<wallet>/<hotkey>) that proves it, afresh for every request."),
-    ] = None,
+    hotkey: Hotkey = None,
+    key: ProofKey = None,
     mirror: Annotated[
         list[str] | None, typer.Option(help="Another validator with the same version (may repeat).")
     ] = None,
     connections: Annotated[int | None, typer.Option(min=1, max=1024, help="Default: as many as help.")] = None,
     verify: Annotated[
-        str, typer.Option(help="sha256: each chunk's BLAKE3 and the file's SHA-256; blake3: the chunks; none: sizes.")
+        Literal["sha256", "blake3", "none"],
+        typer.Option(help="sha256: each chunk's BLAKE3 and the file's SHA-256; blake3: the chunks; none: sizes."),
     ] = "sha256",
     validator_hotkey: Annotated[
         str | None, typer.Option(help="SS58 address that must have signed the hashes; without it see above.")
@@ -48,7 +48,7 @@ def pull(
     version: Annotated[
         str | None, typer.Option(help="Stay with this model version instead of the current one.")
     ] = None,
-    ca_file: Annotated[Path | None, typer.Option(help="PEM certificates to trust instead of the system's.")] = None,
+    ca_file: CaFile = None,
     stall: Annotated[
         float, typer.Option(min=0.1, help="Seconds without a byte after which a connection is given up.")
     ] = 15.0,
@@ -68,95 +68,76 @@ def pull(
 
     The token comes from BZ_AUTH_TOKEN. Ctrl-C stops at once; the same command goes on where it stopped.
     """
-    if verify not in ("sha256", "blake3", "none"):
-        raise typer.BadParameter("--verify is sha256, blake3 or none")
     from bzstream import client
 
-    show: _Show = _Json() if as_json else _Bar() if sys.stderr.isatty() else _Lines()
+    show = _Json() if as_json else _Show()
     began = time.monotonic()
-    try:
-        with show.running() as progress:
-            report = client.pull(
-                [*url, *(mirror or ())],
-                out=out,
-                groups=group or (),
-                shared=shared,
-                full=full,
-                hotkey=hotkey,
-                key=key,
-                connections=connections,
-                verify=cast(Literal["sha256", "blake3", "none"], verify),
-                validator_hotkey=validator_hotkey,
-                version=version,
-                ca_file=str(ca_file) if ca_file is not None else None,
-                progress=progress,
-                notify=show.line,
-                tuning=client.Tuning(stall_s=stall, patience_s=patience),
-            )
-    except (client.UsageError, client.BadUrl) as error:
-        raise typer.BadParameter(str(error)) from None
-    except KeyboardInterrupt:
-        raise client.Stopped("stopped; the same command goes on from here") from None
+    with client_command("stopped; the same command goes on from here"), show.running() as progress:
+        report = client.pull(
+            [*url, *(mirror or ())],
+            out=out,
+            groups=group or (),
+            shared=shared,
+            full=full,
+            hotkey=hotkey,
+            key=key,
+            connections=connections,
+            verify=verify,
+            validator_hotkey=validator_hotkey,
+            version=version,
+            ca_file=ca_file,
+            progress=progress,
+            notify=show.line,
+            tuning=client.Tuning(stall_s=stall, patience_s=patience),
+        )
     show.result(report, time.monotonic() - began)
 
 
 class _Show:
-    """How a pull is shown; `line` may be called from any thread."""
+    """How a pull is shown to a person; `line` may be called from any thread."""
+
+    _console: Console | None = None
 
     @contextmanager
     def running(self) -> Iterator[Callable[[Progress], None]]:
-        yield self.progress
+        if sys.stderr.isatty():
+            from rich.console import Console
 
-    def progress(self, moment: Progress) -> None:
-        raise NotImplementedError
+            self._console = Console(stderr=True, highlight=False)
+        with show_progress(self._console) as show:
+            yield lambda progress: show(_moment(progress))
 
     def line(self, text: str) -> None:
-        print(f"bzstream: {text}", file=sys.stderr)
+        if self._console is not None:
+            self._console.print(text, markup=False, style="yellow")
+        else:
+            print(f"bzstream: {text}", file=sys.stderr)
 
     def result(self, report: PullReport, seconds: float) -> None:
         for unit in report.units:
-            kept = f", {_size(unit.reused)} were there already" if unit.reused else ""
+            kept = f", {byte_count(unit.reused)} were there already" if unit.reused else ""
             again = f", {unit.chunks_fetched_again} chunks fetched again" if unit.chunks_fetched_again else ""
             signed = f", signed by {unit.signed_by}" if unit.signed_by else ""
-            speed = f" at {_size(unit.fetched / unit.seconds)}/s" if unit.fetched and unit.seconds else ""
+            speed = f" at {byte_count(unit.fetched / unit.seconds)}/s" if unit.fetched and unit.seconds else ""
             print(
-                f"{unit.path}: {_size(unit.size)} of version {unit.version}, fetched {_size(unit.fetched)}{speed}"
-                f"{kept}{again}{signed}"
+                f"{unit.path}: {byte_count(unit.size)} of version {unit.version}, fetched "
+                f"{byte_count(unit.fetched)}{speed}{kept}{again}{signed}"
             )
             print(f"  {unit.content_hash}")
-
-
-class _Lines(_Show):
-    """A line now and then, for logs."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def progress(self, moment: Progress) -> None:
-        now = time.monotonic()
-        if now - self._last < PLAIN_EVERY_S:
-            return
-        self._last = now
-        left = f", {moment.seconds_left:.0f} s left" if moment.seconds_left is not None else ""
-        print(
-            f"{moment.label} {moment.version}: {moment.stage}, {100 * moment.present / moment.size:.0f}% of "
-            f"{_size(moment.size)} ({100 * moment.verified / moment.size:.0f}% verified), {_size(moment.rate)}/s"
-            f"{left}, {moment.connections} connections",
-            file=sys.stderr,
-        )
 
 
 class _Json(_Show):
     """For scripts: progress as JSON lines on stderr, the result as one document on stdout."""
 
-    def __init__(self) -> None:
-        self._last = 0.0
+    @contextmanager
+    def running(self) -> Iterator[Callable[[Progress], None]]:
+        throttle = Throttle(1.0)
 
-    def progress(self, moment: Progress) -> None:
-        now = time.monotonic()
-        if now - self._last >= 1.0:
-            self._last = now
-            print(json.dumps({"progress": dataclasses.asdict(moment)}), file=sys.stderr)
+        def show(progress: Progress) -> None:
+            if throttle.due():
+                print(json.dumps({"progress": dataclasses.asdict(progress)}), file=sys.stderr)
+
+        yield show
 
     def line(self, text: str) -> None:
         print(json.dumps({"notice": text}), file=sys.stderr)
@@ -168,62 +149,16 @@ class _Json(_Show):
         print(json.dumps(document, indent=2))
 
 
-class _Bar(_Show):
-    """A bar on a terminal: bytes, speed, time left, verified share, connections."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-
-        self._console = Console(stderr=True, highlight=False)
-
-    @contextmanager
-    def running(self) -> Iterator[Callable[[Progress], None]]:
-        from rich.progress import BarColumn, TextColumn
-        from rich.progress import Progress as RichProgress
-
-        columns = (
-            TextColumn("[bold]{task.description}"),
-            BarColumn(None, complete_style="green", finished_style="green"),
-            TextColumn("{task.fields[bytes]} [cyan]{task.fields[speed]}[/] {task.fields[left]}"),
-            TextColumn("[dim]{task.fields[more]}[/]"),
-        )
-        with RichProgress(*columns, console=self._console, transient=True, expand=True) as bar:
-            tasks: dict[str, Any] = {}
-
-            def update(moment: Progress) -> None:
-                task = tasks.get(moment.label)
-                fields = _fields(moment)
-                if task is None:
-                    task = tasks[moment.label] = bar.add_task(moment.label, total=moment.size, **fields)
-                bar.update(task, completed=moment.present, total=moment.size, **fields)
-
-            yield update
-
-    def line(self, text: str) -> None:
-        self._console.print(text, markup=False, style="yellow")
-
-
-def _fields(moment: Progress) -> dict[str, Any]:
-    """What stands beside the bar."""
-    left = ""
-    if moment.stage == "fetching" and moment.seconds_left is not None:
-        minutes, seconds = divmod(round(moment.seconds_left), 60)
-        left = f"{minutes}:{seconds:02d} left"
-    more = f"{100 * moment.verified / moment.size:.0f}% verified · {moment.connections} connections"
-    if moment.stage != "fetching":
-        more = {"hashing": f"SHA-256 {100 * moment.hashed / moment.size:.0f}%"}.get(moment.stage, moment.stage)
-    return {
-        "bytes": f"{_size(moment.present)} / {_size(moment.size)}",
-        "speed": f"{_size(moment.rate)}/s" if moment.rate else "",
-        "left": left,
-        "more": more,
-    }
-
-
-def _size(count: float) -> str:
-    """Bytes for a person, in decimal units as links are sold."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
+def _moment(progress: Progress) -> Moment:
+    """A pull's progress as the bar or the line shows it."""
+    verified = f"{100 * progress.verified / progress.size:.0f}% verified, {progress.connections} connections"
+    hashed = {"hashing": f"SHA-256 {100 * progress.hashed / progress.size:.0f}%"}.get(progress.stage, progress.stage)
+    fetching = progress.stage == "fetching"
+    return Moment(
+        progress.label,
+        progress.present,
+        progress.size,
+        progress.rate,
+        progress.seconds_left if fetching else None,
+        verified if fetching else hashed,
+    )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
+import functools
 import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from bzstream.cli._options import Config, LedgerFile, Store, settings_of
 
 __all__ = ["serve"]
 
@@ -20,15 +22,15 @@ class RoleName(StrEnum):
 
 
 def serve(
-    store: Annotated[Path | None, typer.Option(help="Folder that `bzstream publish` writes.")] = None,
+    store: Store = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. Default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one. Default 8000.")] = None,
     workers: Annotated[int | None, typer.Option(help="HTTP processes that share the port. Default 1.")] = None,
     chain_file: Annotated[Path | None, typer.Option(help="Simulated chain (JSON) instead of a real one.")] = None,
-    ledger: Annotated[Path | None, typer.Option(help="SQLite file. Default: ledger.sqlite in the store.")] = None,
+    ledger: LedgerFile = None,
     no_evaluator: Annotated[bool, typer.Option("--no-evaluator", help="Take submissions, score none.")] = False,
     role: Annotated[list[RoleName] | None, typer.Option(help="Run only this role (may repeat). Default: all.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Settings file (TOML).")] = None,
+    config: Config = None,
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate chain; with --tls-key serves HTTPS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM private key.")] = None,
     metrics_port: Annotated[int | None, typer.Option(help="Serve Prometheus /metrics on this port.")] = None,
@@ -39,29 +41,21 @@ def serve(
     The shared token comes from BZ_AUTH_TOKEN (at least 32 characters). SIGTERM drains, SIGHUP reads the settings again.
     """
     from bzstream import node
-    from bzstream.config import Settings, load
     from bzstream.node.child import Role
 
-    flags: dict[str, object] = {
-        "store.path": _text(store),
+    flags = {
+        "store.path": store,
         "http.host": host,
         "http.port": port,
         "http.workers": workers,
-        "chain.file": _text(chain_file),
-        "ledger.url": _text(ledger),
+        "chain.file": chain_file,
+        "ledger.url": ledger,
         "evaluation.enabled": False if no_evaluator else None,
-        "http.tls_cert": _text(tls_cert),
-        "http.tls_key": _text(tls_key),
+        "http.tls_cert": tls_cert,
+        "http.tls_key": tls_key,
         "metrics.port": metrics_port,
         "log.json": True if log_json else None,
     }
 
-    def settings() -> Settings:
-        return load(file=config, environment=os.environ, flags=flags)
-
     roles: frozenset[Role] = frozenset(r.value for r in role) if role else frozenset(("http", "chain", "evaluator"))
-    sys.exit(node.serve(settings(), roles, settings))
-
-
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
+    sys.exit(node.serve(roles, functools.partial(settings_of, config, flags)))

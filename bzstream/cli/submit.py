@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bzstream.cli._options import CaFile, Url, client_command
+
 if TYPE_CHECKING:
     from bzstream.client import SubmissionStatus
 
@@ -27,7 +29,7 @@ _MEANING = {
 
 
 def submit(
-    url: Annotated[str, typer.Argument(help="Validator, such as http://10.0.0.7:8000.")],
+    url: Url,
     key: Annotated[str, typer.Option(help="Key file or wallet (<wallet>/<hotkey>) that signs.")],
     group: Annotated[int, typer.Option(min=0, help="Expert group that the checkpoint was trained for.")],
     checkpoint_url: Annotated[str, typer.Option(help="Where the validator can fetch the checkpoint.")],
@@ -38,7 +40,7 @@ def submit(
         Path | None, typer.Option(help="The file behind the URL: its hash is signed too, as proof of being first.")
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the evaluation to its end.")] = False,
-    ca_file: Annotated[Path | None, typer.Option(help="PEM certificates to trust instead of the system's.")] = None,
+    ca_file: CaFile = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the answer, and each state, as a line of JSON.")
     ] = False,
@@ -49,8 +51,8 @@ def submit(
     """
     from bzstream import client
 
-    authorities = str(ca_file) if ca_file is not None else None
-    try:
+    last: SubmissionStatus | None = None
+    with client_command("stopped; what was accepted stays accepted"):
         report = client.submit(
             url,
             key=key,
@@ -58,7 +60,7 @@ def submit(
             checkpoint_url=checkpoint_url,
             block=block,
             checkpoint=checkpoint,
-            ca_file=authorities,
+            ca_file=ca_file,
             notify=lambda text: print(f"bzstream: {text}", file=sys.stderr),
         )
         if as_json:
@@ -69,13 +71,8 @@ def submit(
             print(f"accepted as {report.submission_id} for block {report.block_number}{eta}{again}", flush=True)
         if not wait:
             return
-        last: SubmissionStatus | None = None
-        for last in client.follow(url, report.submission_id, ca_file=authorities):
+        for last in client.follow(url, report.submission_id, ca_file=ca_file):
             _show(last, as_json)
-    except (client.UsageError, client.BadUrl) as error:
-        raise typer.BadParameter(str(error)) from None
-    except KeyboardInterrupt:
-        raise client.Stopped("stopped; what was accepted stays accepted") from None
     if last is None or last.status != "scored":
         raise client.ClientError("the checkpoint was not scored" + (f": {last.reason}" if last and last.reason else ""))
 

@@ -3,44 +3,36 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from bzstream.cli._options import AsJson, Config, LedgerFile, Store, existing_ledger, settings_of
 from bzstream.errors import BzstreamError
 
 __all__ = ["weights"]
 
 
 class NoWeights(BzstreamError):
-    """There is no such round, or nothing is to be submitted by hand."""
+    """There is no such round."""
 
 
 def weights(
-    store: Annotated[Path | None, typer.Option(help="The store, which holds the ledger by default.")] = None,
-    ledger: Annotated[Path | None, typer.Option(help="The ledger's file; default: as `serve`, or BZ_LEDGER.")] = None,
+    store: Store = None,
+    ledger: LedgerFile = None,
     round_: Annotated[
         int | None, typer.Option("--round", help="First block of its submit phase; default: the latest.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print them, submit nothing.")] = False,
-    config: Annotated[Path | None, typer.Option(help="Settings file.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    config: Config = None,
+    as_json: AsJson = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", hidden=True)] = False,
 ) -> None:
-    """Print the weights that a round's scores become; the chain role submits them (chain.set_weights)."""
-    from bzstream import config as configuration
+    """Print the weights that a round's scores become. Only the chain role submits them (chain.set_weights)."""
     from bzstream.chain.weights import weights_of
     from bzstream.submissions.ledger import Ledger
 
-    if not dry_run:
-        raise NoWeights("weights are submitted by `serve` with chain.set_weights = true; to see them add --dry-run")
-    flags = {"store.path": None if store is None else str(store), "ledger.url": None if ledger is None else str(ledger)}
-    settings = configuration.load(file=config, environment=os.environ, flags=flags)
-    place = settings.ledger_location()
-    if "://" not in place and not Path(place).exists():  # opening would make an empty one
-        raise NoWeights(f"there is no ledger {place}; give --store or --ledger")
-    book = Ledger.open(place)
+    settings = settings_of(config, {"store.path": store, "ledger.url": ledger})
+    book = Ledger.open(existing_ledger(settings))
     try:
         scores = book.scores(round_)
     finally:

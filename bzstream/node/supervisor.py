@@ -40,16 +40,17 @@ KILL_GRACE_S = 5.0
 """How long a child may take to end after `http.drain_s` has passed; then it is killed."""
 
 
-def serve(settings: Settings, roles: frozenset[Role], reload: Callable[[], Settings]) -> int:
+def serve(roles: frozenset[Role], load_settings: Callable[[], Settings]) -> int:
     """Run the roles until SIGTERM or SIGINT; returns the exit status for the shell.
 
-    `reload` loads the settings again, for SIGHUP. Raises BzstreamError before anything was started.
+    `load_settings` is called now and at each SIGHUP. Raises BzstreamError before anything was started.
     """
+    settings = load_settings()
     logs.configure(settings.log)
     roles = check(settings, roles)
     listeners = open_listeners(settings.http) if "http" in roles else []
     with metrics_folder():
-        return asyncio.run(_Supervisor(settings, roles, reload, listeners).run())
+        return asyncio.run(_Supervisor(settings, roles, load_settings, listeners).run())
 
 
 @contextlib.contextmanager
@@ -73,12 +74,12 @@ class _Supervisor:
         self,
         settings: Settings,
         roles: frozenset[Role],
-        reload: Callable[[], Settings],
+        load_settings: Callable[[], Settings],
         listeners: list[socket.socket],
     ) -> None:
         self._settings = settings
         self._roles = roles
-        self._load_settings = reload
+        self._load_settings = load_settings
         self._listeners = listeners
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._stopping = asyncio.Event()

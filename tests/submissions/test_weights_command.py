@@ -1,4 +1,4 @@
-"""`bzstream weights --dry-run` on a real ledger."""
+"""`bzstream weights` on a real ledger."""
 
 from __future__ import annotations
 
@@ -31,19 +31,17 @@ def test_the_weights_of_the_latest_round_are_printed(tmp_path: Path) -> None:
         job = ledger.advance(ledger.advance(job, "verifying"), "evaluating")
         ledger.advance(job, "scored", score=score, model_version="step_1000")
     ledger.close()
-    shown = json.loads(run("--ledger", str(file), "--dry-run", "--json"))
+    shown = json.loads(run("--ledger", str(file), "--json"))
     assert shown == {
         "round": ROUND,
         "model_version": "step_1000",
         "weights": {HOTKEYS[0]: 0.75, HOTKEYS[1]: 0.25},
     }
-    text = run("--ledger", str(file), "--dry-run", "--round", str(ROUND))
+    text = run("--ledger", str(file), "--round", str(ROUND))
     assert "3 submissions, 1 unfinished, 2 with weight" in text
     assert f"{HOTKEYS[0]}  0.750000" in text
     with pytest.raises(BzstreamError, match="no round 1;"):
-        run("--ledger", str(file), "--dry-run", "--round", "1")
-    with pytest.raises(BzstreamError, match="--dry-run"):
-        run("--ledger", str(file))
+        run("--ledger", str(file), "--round", "1")
     with pytest.raises(BzstreamError, match="no ledger"):
-        run("--ledger", str(tmp_path / "other"), "--dry-run")
+        run("--ledger", str(tmp_path / "other"))
     assert not (tmp_path / "other").exists()

@@ -1,0 +1,64 @@
+"""Options that several commands have, and what every command does with them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from bzstream.config import Settings
+
+__all__ = [
+    "AsJson", "CaFile", "Config", "Hotkey", "LedgerFile", "ProofKey", "SigningKey", "Store", "Url", "client_command",
+    "existing_ledger", "settings_of",
+]  # fmt: skip
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+CaFile = Annotated[str | None, typer.Option(help="PEM certificates to trust instead of the system's.")]
+Config = Annotated[Path | None, typer.Option(help="Settings file (TOML).")]
+Hotkey = Annotated[str | None, typer.Option(help="SS58 address to ask in the name of.")]
+LedgerFile = Annotated[Path | None, typer.Option(help="SQLite file. Default: ledger.sqlite in the store.")]
+ProofKey = Annotated[
+    str | None, typer.Option(help="Key file or wallet (<wallet>/<hotkey>) that proves it, afresh for every request.")
+]
+SigningKey = Annotated[
+    str | None, typer.Option(help="Key file or wallet (<wallet>/<hotkey>) that signs the manifests.")
+]
+Store = Annotated[Path | None, typer.Option(help="The store: the folder that `bzstream publish` writes.")]
+Url = Annotated[str, typer.Argument(help="Validator, such as http://10.0.0.7:8000.")]
+
+
+def settings_of(config: Path | None, flags: Mapping[str, object]) -> Settings:
+    """The settings from the file, the environment and the command's flags. Raises ConfigError."""
+    from bzstream.config import load
+
+    given = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
+    return load(file=config, environment=os.environ, flags=given)
+
+
+def existing_ledger(settings: Settings) -> str:
+    """Where the ledger is. Raises ConfigError for a file that does not exist: opening it would make an empty one."""
+    from bzstream.config import ConfigError
+
+    location = settings.ledger_location()
+    if "://" not in location and not Path(location).exists():
+        raise ConfigError(f"there is no ledger {location}; give --store or --ledger")
+    return location
+
+
+@contextmanager
+def client_command(stopped: str) -> Iterator[None]:
+    """Turn a wrong use of the client into a usage error, and Ctrl-C into the sentence `stopped`."""
+    from bzstream import client
+
+    try:
+        yield
+    except (client.UsageError, client.BadUrl) as error:
+        raise typer.BadParameter(str(error)) from None
+    except KeyboardInterrupt:
+        raise client.Stopped(stopped) from None
