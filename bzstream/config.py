@@ -101,8 +101,12 @@ class AuthSettings(_Section, frozen=True):
 
     token: str | None = None
     """BZ_AUTH_TOKEN, at least 32 characters: the shared token. `serve` does not start without one."""
+    shared_tokens_file: str | None = None
+    """Shared tokens that replace `token`, one a line, mode 0600. They rotate without a restart: any of them counts."""
     tokens_file: str | None = None
     """BZ_TOKENS_FILE: TOML, `"<token>" = "<ss58 hotkey>"`, mode 0600."""
+    deny_file: str | None = None
+    """Hotkeys and networks (CIDR), one a line, that are refused with 403."""
     trust_claimed_hotkey: bool = False
     """Let an X-Hotkey claim count as an identity. For closed networks only."""
     allow_plaintext_tokens: bool = False

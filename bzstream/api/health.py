@@ -1,55 +1,71 @@
-"""GET /health: always 200 while the process can answer, whatever state it is in."""
+"""GET /health and GET /ready: how the worker is, for people and for load balancers. Answered on its event loop."""
 
 from __future__ import annotations
 
 import time
 
-from bzstream.api.documents import Health
-from bzstream.api.view import View
-from bzstream.http import Request, Response
+from bzstream.api.schemas import HealthBody
+from bzstream.api.state import WorkerState
+from bzstream.http import Endpoint, Request, Response
 
-__all__ = ["EVALUATOR_SILENCE_S", "Healthy"]
+__all__ = ["EVALUATOR_SILENCE_S", "HealthEndpoint"]
 
 EVALUATOR_SILENCE_S = 60.0
-"""An evaluator writes a sign of life every few seconds; silent for so long, it is down."""
+"""An evaluator writes a sign of life every few seconds; after so long without one it is down."""
 
 
-class Healthy:
-    """The handler, over one worker's view."""
+class HealthEndpoint:
+    """Both endpoints over one worker's state. No limit holds for them: a full or draining worker answers, too."""
 
-    def __init__(self, view: View) -> None:
-        self._view = view
+    def __init__(self, state: WorkerState) -> None:
+        self._state = state
 
-    def health(self, request: Request) -> Response:
-        """Status, whether a model is loaded, block and phase; the reasons when the status is not healthy."""
+    def endpoints(self) -> dict[str, Endpoint]:
+        """The endpoints by their operation's name."""
+        return {"health": Endpoint(self._health, limited=False), "ready": Endpoint(self._ready, limited=False)}
+
+    def _health(self, _: Request) -> Response:
+        """Always 200: the process can answer."""
         return Response.json(self.describe(time.time()))
 
-    def describe(self, now: float) -> Health:
+    def _ready(self, _: Request) -> Response:
+        """200 when this worker can serve downloads and take submissions in their phase, else 503."""
+        now = time.time()
+        ready = not self._state.draining and self._state.snapshots.current is not None and not self._obstacles(now)
+        headers = () if ready else (("Retry-After", "1"),)
+        return Response.json(self.describe(now), status=200 if ready else 503, headers=headers)
+
+    def describe(self, now: float) -> HealthBody:
         """The health at `now` (epoch seconds)."""
-        view = self._view
-        reasons = self.reasons(now)
-        loaded = view.library.current is not None
-        block = 0 if view.chain is None else view.chain.block
-        return Health(
-            status="draining" if view.draining else "starting" if not loaded else "degraded" if reasons else "healthy",
+        state = self._state
+        reasons = self._obstacles(now) + self._faults()
+        loaded = state.snapshots.current is not None
+        block = 0 if state.chain is None else state.chain.block
+        return HealthBody(
+            status="draining" if state.draining else "starting" if not loaded else "degraded" if reasons else "healthy",
             model_loaded=loaded,
             current_block=block,
-            phase="distribute" if view.chain is None else view.cycle.phase(block),
+            phase="distribute" if state.chain is None else state.cycle.phase(block),
             reasons=reasons,
-            chain_age_s=None if view.chain is None or not reasons else round(view.chain.age(now), 1),
+            chain_age_s=None if state.chain is None or not reasons else round(state.chain.age(now), 1),
         )
 
-    def reasons(self, now: float) -> list[str]:
-        """What is wrong, a sentence each, for the operator who looks."""
-        view, found = self._view, []
-        if view.chain is None:
+    def _obstacles(self, now: float) -> list[str]:
+        """What keeps submissions out, a sentence each."""
+        state, found = self._state, []
+        if state.chain is None:
             found.append("the chain is not known")
-        elif (age := view.chain.age(now)) > view.settings.chain.stale_s:
+        elif (age := state.chain.age(now)) > state.settings.chain.stale_s:
             found.append(f"the chain was last heard of {age:.0f} s ago")
-        if view.ledger is None:
+        if state.ledger is None:
             found.append("the ledger cannot be reached")
-        silence = view.evaluator_age
-        if view.settings.evaluation.enabled and (silence is None or silence > EVALUATOR_SILENCE_S):
+        return found
+
+    def _faults(self) -> list[str]:
+        """What else is wrong, a sentence each, for the operator."""
+        state = self._state
+        found = [f"the file of {label} was damaged on disk" for label in state.damaged]
+        silence = state.evaluator_age
+        if state.settings.evaluation.enabled and (silence is None or silence > EVALUATOR_SILENCE_S):
             found.append("no evaluator is running")
-        found += [f"the file of {label} was damaged on disk" for label in view.damaged]
         return found

@@ -1,4 +1,4 @@
-"""GET /openapi.json: OpenAPI 3.1, made from the table of operations and the types that the answers are encoded from."""
+"""GET /openapi.json: OpenAPI 3.1, made from the table of operations and the types that responses are encoded from."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from typing import Any
 
 import msgspec
 
-from bzstream.api.documents import ErrorBody
 from bzstream.api.operations import OPERATIONS, Operation, Parameter
+from bzstream.api.schemas import ErrorBody
 from bzstream.http.messages import PHRASES
 
 __all__ = ["document"]
 
 _REF = "#/components/schemas/{name}"
 _DESCRIPTION = """\
-Every answer of status 400 and above is JSON `{"detail", "code"}`; validation failures are 400.
+Every response of status 400 and above is JSON `{"detail", "code"}` (but of /ready); validation failures are 400.
 Without a good token every path but the public ones answers 401, unknown paths too; then come 404, and 405 with `Allow`.
 """
 
 _FRAMING = (400, 408, 413, 417, 431, 505)
-"""What any request can be refused with before an endpoint sees it."""
+"""Any request can be refused with these before an endpoint sees it."""
 _IDENTITY = (401, 403)
-"""And any that needs a token."""
+"""Any request that needs a token can be refused with these, too."""
 _LOAD = (429, 503)
-"""And any, while the caller has too many connections or the worker is full, draining or has nothing to serve yet."""
+"""And any limited one with these: its caller has too many connections, or the worker is full, draining or empty."""
 
 _TEXT = {"type": "string"}
 _ERROR_HEADERS: dict[int, dict[str, Any]] = {
@@ -32,7 +32,7 @@ _ERROR_HEADERS: dict[int, dict[str, Any]] = {
     429: {"Retry-After": {"type": "integer", "minimum": 1}},
     503: {"Retry-After": {"type": "integer", "minimum": 1}},
 }
-"""Status -> the header fields that its answers always have, beside those of every answer."""
+"""Status -> the header fields that its responses always have, beside those of every response."""
 
 
 def document(version: str) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def document(version: str) -> dict[str, Any]:
 
 
 def _describe(operation: Operation, name: str, refusals: dict[str, Any], *, head: bool = False) -> dict[str, Any]:
-    """One operation; answers that many have in common go into `refusals`, by name, and are referred to."""
+    """One operation. Responses that many have in common go into `refusals`, by name, and are referred to."""
     responses: dict[int, Any] = {}
     headers = dict.fromkeys(operation.response_headers, _TEXT)
     for status, answer in operation.answers.items():

@@ -1,4 +1,4 @@
-"""Every endpoint in one table: what is routed and what /openapi.json says are made from the same rows."""
+"""Every endpoint in one table. What is routed and what /openapi.json says are made from the same rows."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bzstream.api.documents import (
-    Accepted,
+from bzstream.api.schemas import (
+    AcceptedBody,
     DuplicateBody,
     ErrorBody,
-    Health,
-    Manifest,
-    ModelIndex,
-    Scores,
+    HealthBody,
+    ManifestBody,
+    ModelBody,
+    ScoresBody,
     SubmissionBody,
-    SubmissionStatus,
+    SubmissionStatusBody,
 )
 
 __all__ = ["OPERATIONS", "Operation", "Parameter"]
@@ -28,16 +28,16 @@ class Parameter:
     name: str
     where: Literal["header", "query", "path"]
     schema: dict[str, Any]
-    required: bool = False
     text: str = ""
+    required: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """One endpoint. `name` is the key of its `Endpoint` in the table that `app.py` fills."""
+    """One endpoint. `name` is the key of its `Endpoint` in the table that `app.py` makes."""
 
     name: str
-    method: Literal["GET", "POST"]
+    method: Literal["GET", "POST"] = "GET"
     path: str
     summary: str
     answers: Mapping[int, type | str]
@@ -48,6 +48,8 @@ class Operation:
     body: type | None = None
     public: bool = False
     """Needs no token."""
+    validators: bool = False
+    """For hotkeys that the chain lists as validators."""
     limited: bool = True
     """False: answered even when the worker is full, draining or the caller has too many connections."""
     ranges: bool = False
@@ -55,138 +57,130 @@ class Operation:
     response_headers: tuple[str, ...] = ()
 
 
-_GROUP = Parameter(
-    "X-Expert-Group",
-    "header",
-    {"type": "string", "pattern": "^(0|[1-9][0-9]{0,8})$"},
-    required=True,
-    text="Expert group, a whole number",
-)
+_TEXT = {"type": "string"}
 _SS58 = {"type": "string", "format": "ss58", "pattern": "^5[1-9A-HJ-NP-Za-km-z]{47}$"}
-_HOTKEY = Parameter("X-Hotkey", "header", _SS58, required=True, text="SS58 address of the caller's hotkey: a claim")
-_CLAIM = Parameter("X-Hotkey", "header", _SS58, text="SS58 address of the caller's hotkey: a claim")
-_FORMAT = Parameter(
-    "format", "query", {"type": "string", "enum": ["safetensors"]}, text="Send the payload alone, without the envelope"
+_CLAIM = Parameter("X-Hotkey", "header", _SS58, "SS58 address of the caller's hotkey: a claim")
+_HOTKEY = Parameter("X-Hotkey", "header", _SS58, "SS58 address of the caller's hotkey: a claim", required=True)
+_GROUP_SCHEMA = {"type": "string", "pattern": "^(0|[1-9][0-9]{0,8})$"}
+_GROUP = Parameter("X-Expert-Group", "header", _GROUP_SCHEMA, "Expert group, a whole number", required=True)
+_CHOICE = (
+    Parameter(
+        "format",
+        "query",
+        {"type": "string", "enum": ["safetensors"]},
+        "Send the payload alone, without the envelope",
+    ),
+    Parameter("version", "query", _TEXT, "One of the retained versions; default: the current"),
 )
-_VERSION = Parameter("version", "query", {"type": "string"}, text="One of the retained versions; default: the current")
 _CONDITIONS = (
-    Parameter("Range", "header", {"type": "string"}, text="`bytes=...`, RFC 9110 14.2; a malformed one is ignored"),
-    Parameter("If-Range", "header", {"type": "string"}, text="ETag or date under which the range still holds"),
-    Parameter("If-None-Match", "header", {"type": "string"}, text="ETags that the caller has"),
-    Parameter("If-Modified-Since", "header", {"type": "string"}, text="HTTP date"),
+    Parameter("Range", "header", _TEXT, "`bytes=...`, RFC 9110 14.2; a malformed one is ignored"),
+    Parameter("If-Range", "header", _TEXT, "ETag or date under which the range still holds"),
+    Parameter("If-None-Match", "header", _TEXT, "ETags that the caller has"),
+    Parameter("If-Modified-Since", "header", _TEXT, "HTTP date"),
 )
 _UNIT_HEADERS = (
     *("ETag", "Last-Modified", "Accept-Ranges", "Content-Length", "Cache-Control"),
     *("X-Block-Number", "X-Model-Version", "X-Content-Hash"),
 )
-_OCTETS = "application/octet-stream"
 _UNKNOWN = {404: ErrorBody}
 
+
+def _unit(kind: str, text: str, *who: Parameter) -> tuple[Operation, Operation]:
+    """A unit and its manifest; `who`: the parameters that say who asks, and for which group."""
+    group = ("X-Expert-Group", "Vary") if _GROUP in who else ()
+    download = Operation(
+        name=kind,
+        path=f"/model/{kind}",
+        summary=text,
+        answers={200: "application/octet-stream"},
+        errors=_UNKNOWN,
+        parameters=(*who, *_CHOICE, *_CONDITIONS),
+        validators=kind == "full",
+        ranges=True,
+        response_headers=(*_UNIT_HEADERS, *group),
+    )
+    manifest = Operation(
+        name=f"{kind}_manifest",
+        path=f"/model/{kind}/manifest",
+        summary=f"{text}: its chunk hashes",
+        answers={200: ManifestBody},
+        errors=_UNKNOWN,
+        parameters=(*who, *_CHOICE),
+        validators=kind == "full",
+    )
+    return download, manifest
+
+
 OPERATIONS: tuple[Operation, ...] = (
+    *_unit("partial", "One expert group's slice", _GROUP, _HOTKEY),
+    *_unit("shared", "The tensors that belong to no expert", _HOTKEY),
+    *_unit("full", "The whole model as one safetensors file, for validators", _CLAIM),
     Operation(
-        "partial",
-        "GET",
-        "/model/partial",
-        "One expert group's slice",
-        {200: _OCTETS},
-        _UNKNOWN,
-        (_GROUP, _HOTKEY, _FORMAT, _VERSION, *_CONDITIONS),
-        ranges=True,
-        response_headers=(*_UNIT_HEADERS, "X-Expert-Group"),
-    ),
-    Operation(
-        "shared",
-        "GET",
-        "/model/shared",
-        "The tensors that belong to no expert",
-        {200: _OCTETS},
-        _UNKNOWN,
-        (_HOTKEY, _FORMAT, _VERSION, *_CONDITIONS),
-        ranges=True,
-        response_headers=_UNIT_HEADERS,
-    ),
-    Operation(
-        "full",
-        "GET",
-        "/model/full",
-        "The whole model as one safetensors file, for validators",
-        {200: _OCTETS},
-        _UNKNOWN,
-        (_CLAIM, _FORMAT, _VERSION, *_CONDITIONS),
-        ranges=True,
-        response_headers=_UNIT_HEADERS,
-    ),
-    Operation(
-        "partial_manifest",
-        "GET",
-        "/model/partial/manifest",
-        "The chunk hashes of a group's slice",
-        {200: Manifest},
-        _UNKNOWN,
-        (_GROUP, _HOTKEY, _FORMAT, _VERSION),
-    ),
-    Operation(
-        "shared_manifest",
-        "GET",
-        "/model/shared/manifest",
-        "The chunk hashes of the shared tensors",
-        {200: Manifest},
-        _UNKNOWN,
-        (_HOTKEY, _FORMAT, _VERSION),
-    ),
-    Operation(
-        "full_manifest",
-        "GET",
-        "/model/full/manifest",
-        "The chunk hashes of the whole model, for validators",
-        {200: Manifest},
-        _UNKNOWN,
-        (_CLAIM, _FORMAT, _VERSION),
-    ),
-    Operation(
-        "index",
-        "GET",
-        "/model",
-        "Current and retained versions with every unit's size and hashes",
-        {200: ModelIndex},
+        name="index",
+        path="/model",
+        summary="Current and retained versions with every unit's size and hashes",
+        answers={200: ModelBody},
         parameters=(_CLAIM,),
     ),
     Operation(
-        "submit",
-        "POST",
-        "/submit",
-        "Submit a trained checkpoint, in the submit phase",
-        {202: Accepted},
-        {409: DuplicateBody, 423: ErrorBody},
-        (_CLAIM,),
+        name="submit",
+        method="POST",
+        path="/submit",
+        summary="Submit a trained checkpoint, in the submit phase",
+        answers={202: AcceptedBody},
+        errors={409: DuplicateBody, 423: ErrorBody},
+        parameters=(_CLAIM,),
         body=SubmissionBody,
     ),
     Operation(
-        "submission",
-        "GET",
-        "/submissions/{submission_id}",
-        "What became of a submission",
-        {200: SubmissionStatus},
-        _UNKNOWN,
-        (Parameter("submission_id", "path", {"type": "string", "format": "uuid"}, required=True), _CLAIM),
+        name="submission",
+        path="/submissions/{submission_id}",
+        summary="What became of a submission",
+        answers={200: SubmissionStatusBody},
+        errors=_UNKNOWN,
+        parameters=(
+            Parameter("submission_id", "path", {"type": "string", "format": "uuid"}, required=True),
+            _CLAIM,
+        ),
     ),
     Operation(
-        "scores",
-        "GET",
-        "/scores",
-        "The scores of the latest round with results, or of another",
-        {200: Scores},
-        _UNKNOWN,
-        (
+        name="scores",
+        path="/scores",
+        summary="The scores of the latest round with results, or of another",
+        answers={200: ScoresBody},
+        errors=_UNKNOWN,
+        parameters=(
             Parameter(
                 "round",
                 "query",
                 {"type": "string", "pattern": "^(0|[1-9][0-9]{0,15})$"},
-                text="First block of the round's submit phase",
+                "First block of the round's submit phase",
             ),
             _CLAIM,
         ),
     ),
-    Operation("health", "GET", "/health", "Whether the node is well", {200: Health}, public=True, limited=False),
-    Operation("openapi", "GET", "/openapi.json", "This document", {200: "application/json"}, public=True),
+    Operation(
+        name="health",
+        path="/health",
+        summary="How the node is",
+        answers={200: HealthBody},
+        public=True,
+        limited=False,
+    ),
+    Operation(
+        name="ready",
+        path="/ready",
+        summary="Whether this worker can serve downloads and take submissions in their phase",
+        answers={200: HealthBody},
+        errors={503: HealthBody},
+        public=True,
+        limited=False,
+    ),
+    Operation(
+        name="openapi",
+        path="/openapi.json",
+        summary="This document",
+        answers={200: "application/json"},
+        public=True,
+    ),
 )

@@ -1,7 +1,7 @@
-"""One HTTP worker process: the server, the application, and the pollers that keep its view of the world fresh.
+"""One HTTP worker process: the server, the application, and the pollers that keep the worker's state fresh.
 
-Nothing a poller waits for can hold up a download: snapshots and the ledger are read on threads, and what they found is
-put in place on the event loop.
+The supervisor's child calls `run` on its event loop. Nothing that a poller waits for holds up a download: files,
+snapshots and the ledger are read on threads, and what they hold is put in place on the event loop.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from ipaddress import ip_address
 
 import structlog
 
+from bzstream.api.access import AccessFiles
 from bzstream.api.app import Api
 from bzstream.api.metrics import CHAIN_AGE, CONNECTIONS, DOWNLOADS, SNAPSHOT_BLOCK, SNAPSHOT_TIME, Telemetry
-from bzstream.api.tokens import open_tokens
-from bzstream.api.view import View
+from bzstream.api.state import WorkerState
 from bzstream.config import Settings
 from bzstream.errors import BzstreamError
 from bzstream.http import Server
 from bzstream.model import SnapshotCache
 from bzstream.submissions.ledger import AsyncLedger
+from bzstream.util.warn_once import WarnOnce
 
 __all__ = ["run"]
 
@@ -37,24 +38,25 @@ async def run(
 
     Raises BzstreamError when the worker cannot start.
     """
-    view = View(
+    state = WorkerState(
         settings=settings,
-        library=SnapshotCache(settings.store_path(), warn=lambda text: log.warning(text)),
-        tokens=open_tokens(settings.auth),
+        snapshots=SnapshotCache(settings.store_path(), warn=_warn),
+        access=AccessFiles(settings.auth, _warn),
         ledger=None,
         loopback=ip_address(listener.getsockname()[0]).is_loopback,
     )
     telemetry = Telemetry()
-    server = Server(settings.http, Api(view), telemetry)
+    server = Server(settings.http, Api(state), telemetry)
     poll = settings.store.poll_s
-    await _refresh_library(view)
+    await _refresh_snapshots(state)
     server.start([listener])
     gc.freeze()  # what has come so far stays to the end: full collections need not walk it
     pollers = [
-        asyncio.create_task(_every(poll, lambda: _refresh_library(view))),
-        asyncio.create_task(_every(poll, lambda: _refresh_files(view, server))),
-        asyncio.create_task(_every(settings.ledger.poll_s, lambda: _refresh_chain(view))),
-        asyncio.create_task(_apply(changes, view, server, telemetry)),
+        asyncio.create_task(_every(poll, lambda: _refresh_snapshots(state))),
+        asyncio.create_task(_every(poll, lambda: _refresh_access(state))),
+        asyncio.create_task(_every(settings.ledger.poll_s, lambda: _refresh_chain(state))),
+        asyncio.create_task(_every(poll, lambda: _update_gauges(server))),
+        asyncio.create_task(_apply(changes, state, server, telemetry)),
     ]
     log.info("ready")
     stopped: asyncio.Future[object] = asyncio.ensure_future(stop.wait())
@@ -62,63 +64,75 @@ async def run(
         await asyncio.wait([stopped, server.failure], return_when=asyncio.FIRST_COMPLETED)
         if server.failure.done():
             raise BzstreamError("the worker can send no more; its supervisor starts another")
-        view.draining = True
+        state.draining = True
         await server.drain(settings.http.drain_s)
     finally:
         stopped.cancel()
         for poller in pollers:
             poller.cancel()
         await server.close()
-        if view.ledger is not None:
-            await asyncio.to_thread(view.ledger.close)
+        if state.ledger is not None:
+            await asyncio.to_thread(state.ledger.close)
+
+
+def _warn(text: str) -> None:
+    log.warning(text)
 
 
 async def _every(seconds: float, step: Callable[[], Awaitable[None]]) -> None:
     """Run `step` again and again; a failure is logged once until the step works again."""
-    failing = False
+    failures = WarnOnce(log.warning)
     while True:
         try:
             await step()
-            failing = False
+            failures.succeeded()
         except (BzstreamError, OSError) as error:
-            if not failing:
-                log.warning("cannot refresh, going on with what is known", reason=str(error))
-            failing = True
+            failures.failed("cannot refresh, going on with what is known", reason=str(error))
         await asyncio.sleep(seconds)
 
 
-async def _refresh_library(view: View) -> None:
-    if view.library.apply(await asyncio.to_thread(view.library.scan)):
-        current = view.library.current
+async def _refresh_snapshots(state: WorkerState) -> None:
+    if state.snapshots.apply(await asyncio.to_thread(state.snapshots.scan)):
+        current = state.snapshots.current
         if current is not None:
             SNAPSHOT_BLOCK.set(current.block)
             SNAPSHOT_TIME.set(current.published_at)
             log.info("snapshot", version=current.version, block=current.block)
-    view.damaged = view.library.damaged
+    state.damaged = state.snapshots.damaged
 
 
-async def _refresh_files(view: View, server: Server) -> None:
+async def _refresh_access(state: WorkerState) -> None:
+    if await asyncio.to_thread(state.access.refresh):
+        log.info("tokens and denied callers read again")
+
+
+async def _refresh_chain(state: WorkerState) -> None:
+    if state.ledger is None:
+        state.ledger = await asyncio.to_thread(AsyncLedger.open, state.settings.ledger_location())
+    state.chain = await state.ledger.chain_state()
+    if state.settings.evaluation.enabled:
+        state.evaluator_age = await state.ledger.evaluator_age()
+    if state.chain is not None:
+        CHAIN_AGE.set(state.chain.age(time.time()))
+
+
+async def _update_gauges(server: Server) -> None:
     DOWNLOADS.set(server.downloads)
     CONNECTIONS.set(server.connections)
-    if view.tokens.refresh():
-        log.info("tokens file read again")
 
 
-async def _refresh_chain(view: View) -> None:
-    if view.ledger is None:
-        view.ledger = await asyncio.to_thread(AsyncLedger.open, view.settings.ledger_location())
-    view.chain = await view.ledger.chain_state()
-    if view.settings.evaluation.enabled:
-        view.evaluator_age = await view.ledger.evaluator_age()
-    if view.chain is not None:
-        CHAIN_AGE.set(view.chain.age(time.time()))
+async def _apply(changes: asyncio.Queue[Settings], state: WorkerState, server: Server, telemetry: Telemetry) -> None:
+    """Put settings that were read again into force, as far as they can change while the worker runs.
 
-
-async def _apply(changes: asyncio.Queue[Settings], view: View, server: Server, telemetry: Telemetry) -> None:
-    """Put settings that were read again into force, as far as they can change while the worker runs."""
+    Tokens and files that cannot be used leave those before them in force, and the other settings change.
+    """
     while True:
         settings = await changes.get()
-        view.settings = settings
+        try:
+            state.access = await asyncio.to_thread(AccessFiles, settings.auth, _warn)
+        except BzstreamError as error:
+            log.warning("the tokens of the new settings cannot be used, those before stay in force", reason=str(error))
+        state.settings = settings
         server.settings = settings.http
         telemetry.refresh()
         log.info("settings in force")

@@ -16,13 +16,14 @@ import heapq
 import re
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from bzstream.chain.keys import Key
 from bzstream.chain.signatures import SCHEMES, Scheme, verify
 from bzstream.chain.ss58 import is_hotkey
 from bzstream.errors import BzstreamError
 
-__all__ = ["PROOF_HEADERS", "InvalidProof", "NonceCache", "carries_proof", "sign_request", "verify_request"]
+__all__ = ["PROOF_HEADERS", "InvalidProof", "NonceCache", "Proof", "carries_proof", "sign_request", "verify_request"]
 
 _VERSION = "X-Bittensor-Version"
 _HOTKEY = "X-Bittensor-Hotkey"
@@ -46,6 +47,17 @@ class InvalidProof(BzstreamError):
     """A signed-request proof is present and not good; the sentence is safe to show to the caller."""
 
 
+class Proof(NamedTuple):
+    """A proof that is good, and was not used before."""
+
+    hotkey: str
+    """SS58 address of the hotkey that made the request."""
+    nonce: int
+    """Nanoseconds since the epoch."""
+    oldest: int
+    """Nonces below this were stale when the proof was verified."""
+
+
 class NonceCache:
     """The (hotkey, nonce) pairs accepted within the window, at most `capacity` of them.
 
@@ -62,20 +74,21 @@ class NonceCache:
     def __len__(self) -> int:
         return len(self._seen)
 
-    def use(self, hotkey: str, nonce: int, oldest: int) -> bool:
-        """Count `nonce` of `hotkey` as used; False if it was, or may have been, before.
+    def is_used(self, hotkey: str, nonce: int) -> bool:
+        """Whether `nonce` of `hotkey` was, or may have been, used before."""
+        return nonce <= self._floor or (nonce, hotkey) in self._seen
 
-        `oldest`: nonces below it are stale to the caller, so that they need not be remembered.
-        """
-        while self._oldest and self._oldest[0][0] < oldest:
+    def use(self, proof: Proof) -> bool:
+        """Count the proof's nonce as used; False if it was, or may have been, before."""
+        while self._oldest and self._oldest[0][0] < proof.oldest:
             self._forget()
-        entry = (nonce, hotkey)
-        if nonce <= self._floor or entry in self._seen:
+        if self.is_used(proof.hotkey, proof.nonce):
             return False
         if len(self._seen) >= self._capacity:
             self._forget()
-            if nonce <= self._floor:
+            if proof.nonce <= self._floor:
                 return False
+        entry = (proof.nonce, proof.hotkey)
         self._seen.add(entry)
         heapq.heappush(self._oldest, entry)
         return True
@@ -122,11 +135,11 @@ def verify_request(
     body: bytes = b"",
     now: float | None = None,
     schemes: Sequence[Scheme] = SCHEMES,
-) -> str:
-    """The hotkey (SS58) that made the request, when its proof is good. Raises InvalidProof.
+) -> Proof:
+    """The proof of a request, when it is good and was not used before. Raises InvalidProof.
 
     `header(name)`: a header's value or None; a header sent twice must not come this far. `now`: seconds since the
-    epoch. The nonce is used up only after the signature is found good, so that nobody can burn another's nonces.
+    epoch. The proof is not used up yet: `nonces.use(proof)` does that, when the request is about to be answered.
     """
     if header(_VERSION) != "1":
         raise InvalidProof(f"{_VERSION} is missing or not 1; sign the request with btauth/1")
@@ -155,9 +168,9 @@ def verify_request(
     message = _payload(scheme, method, target, body, nonce, sender, receiver)
     if not verify(sender, message, bytes.fromhex(form[1]), (scheme,)):
         raise InvalidProof("the proof's signature is not by its hotkey over this request")
-    if not nonces.use(sender, nonce, oldest):
+    if nonces.is_used(sender, nonce):
         raise InvalidProof("the proof was used before; sign each request afresh")
-    return sender
+    return Proof(sender, nonce, oldest)
 
 
 def _payload(scheme: str, method: str, target: str, body: bytes, nonce: int, sender: str, receiver: str) -> bytes:

@@ -40,6 +40,10 @@ class ChainState:
         """Whether the chain lists `hotkey` with a validator permit."""
         return hotkey in self.validators
 
+    def lists(self, hotkey: str) -> bool:
+        """Whether the chain names `hotkey`, as a validator or a miner."""
+        return hotkey in self.validators or (self.miners is not None and hotkey in self.miners)
+
     def is_miner(self, hotkey: str) -> bool:
         """Whether `hotkey` may submit: it is registered, or the chain does not list miners."""
         return self.miners is None or hotkey in self.miners

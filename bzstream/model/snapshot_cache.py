@@ -82,6 +82,8 @@ class Snapshot:
         self.block = record.block
         self.sequence = record.sequence
         self.published_at = record.published_at
+        self.signed = all(unit.signature is not None for unit in record.units if unit.kind != "rest")
+        """Whether every manifest carries the signature of the validator's hotkey."""
         self.config = record.config
         """config.json of the checkpoint, or None if it had none."""
         self.orientation = record.orientation

@@ -23,9 +23,9 @@ def check(settings: Settings, roles: frozenset[Role]) -> frozenset[Role]:
     """The roles that will run. Raises BzstreamError for what keeps one of them from working."""
     settings.store_path().mkdir(parents=True, exist_ok=True)
     if "http" in roles:
-        from bzstream.api.tokens import open_tokens
+        from bzstream.api.access import AccessFiles
 
-        open_tokens(settings.auth)
+        AccessFiles(settings.auth, warn=structlog.get_logger("supervisor").warning)
         cert, key = settings.http.tls_cert, settings.http.tls_key
         if (cert is None) != (key is None):
             raise NodeError("a certificate and its key go together; give both --tls-cert and --tls-key")

@@ -21,9 +21,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from bzstream.api.access import AccessFiles
 from bzstream.api.app import Api
-from bzstream.api.tokens import TokensFile
-from bzstream.api.view import View
+from bzstream.api.state import WorkerState
 from bzstream.chain.state import ChainState
 from bzstream.config import AuthSettings, HttpSettings, Settings
 from bzstream.http import Server
@@ -133,25 +133,26 @@ async def begin(at: int, ending: Callable[[], Coroutine[Any, Any, None]]) -> Asy
 async def open_api(store: Path, place: Path) -> AsyncIterator[Api]:
     """What a worker serves in the submit phase, with a ledger of its own."""
     ledger = AsyncLedger.open(place / "ledger.sqlite")
-    view = View(
-        settings=Settings(auth=AuthSettings(token=TOKEN, trust_claimed_hotkey=True)),
-        library=SnapshotCache(store),
-        tokens=TokensFile(TOKEN, None),
+    settings = Settings(auth=AuthSettings(token=TOKEN, trust_claimed_hotkey=True))
+    state = WorkerState(
+        settings=settings,
+        snapshots=SnapshotCache(store),
+        access=AccessFiles(settings.auth, warn=print),
         ledger=ledger,
         loopback=True,
         chain=ChainState(Desk.NOW, time.time(), frozen=True),
     )
-    view.library.refresh()
+    state.snapshots.refresh()
     try:
-        yield Api(view)
+        yield Api(state)
     finally:
-        view.library.close()
+        state.snapshots.close()
         ledger.close()
 
 
 def references(api: Api) -> dict[str, int]:
     """How often each file of the current snapshot is held."""
-    snapshot = api._view.library.current
+    snapshot = api._state.snapshots.current
     assert snapshot is not None
     files = {file for unit in snapshot.units.values() for file in unit.payload.files}
     return {file.path.name: file._references for file in files}

@@ -130,7 +130,7 @@ def test_every_turn_of_a_download(
 
     async def every(api: Api, how: str) -> int:
         """The number of moments, each of which was tried."""
-        snapshot = api._view.library.current
+        snapshot = api._state.snapshots.current
         assert snapshot is not None
         truth = snapshot.units["partial/0"].enveloped.read()
         async with AsyncExitStack() as stack:

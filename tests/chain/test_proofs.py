@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bzstream.chain.keys import Key, Scheme
-from bzstream.chain.proofs import InvalidProof, NonceCache, carries_proof, sign_request, verify_request
+from bzstream.chain.proofs import InvalidProof, NonceCache, Proof, carries_proof, sign_request, verify_request
 
 NODE = Key.from_seed(b"n" * 32, "sr25519").ss58_address
 NOW = 1_700_000_000.0
@@ -19,8 +19,11 @@ TARGET = "/model/partial?format=safetensors"
 
 
 def check(headers: dict[str, str], **changes: object) -> str:
+    """The hotkey of a proof that is good, and is used up now."""
     arguments = {"method": "GET", "target": TARGET, "receiver": NODE, "nonces": NonceCache(), "now": NOW} | changes
-    return verify_request(headers.get, **arguments)  # type: ignore[arg-type]
+    proof = verify_request(headers.get, **arguments)  # type: ignore[arg-type]
+    assert arguments["nonces"].use(proof)  # type: ignore[attr-defined]
+    return proof.hotkey
 
 
 def sdk_headers(scheme: Scheme, **changes: object) -> dict[str, str]:
@@ -60,6 +63,12 @@ def test_a_replay_is_refused() -> None:
     with pytest.raises(InvalidProof, match="used before"):
         check(headers, nonces=nonces)
     check(sdk_headers("sr25519", nonce_ns=NONCE + 1), nonces=nonces)
+
+
+def test_a_proof_is_used_up_by_use_alone() -> None:
+    nonces, headers = NonceCache(), sdk_headers("sr25519")
+    proofs = [verify_request(headers.get, "GET", TARGET, NODE, nonces, now=NOW) for _ in range(2)]
+    assert [nonces.use(proof) for proof in proofs] == [True, False]
 
 
 def test_a_failed_proof_uses_no_nonce_up() -> None:
@@ -137,7 +146,7 @@ def test_a_request_without_the_headers_carries_no_proof() -> None:
 def test_no_capacity_lets_a_replay_through(uses: list[tuple[int, str]], capacity: int) -> None:
     nonces, accepted = NonceCache(capacity), set()
     for nonce, hotkey in uses:
-        fresh = nonces.use(hotkey, nonce, oldest=0)
+        fresh = nonces.use(Proof(hotkey, nonce, oldest=0))
         assert not (fresh and (nonce, hotkey) in accepted)
         if fresh:
             accepted.add((nonce, hotkey))
@@ -146,7 +155,7 @@ def test_no_capacity_lets_a_replay_through(uses: list[tuple[int, str]], capacity
 
 def test_what_is_stale_is_forgotten_and_stays_refused() -> None:
     nonces = NonceCache()
-    assert nonces.use("a", 5, oldest=0)
-    assert nonces.use("a", 50, oldest=20)
+    assert nonces.use(Proof("a", 5, oldest=0))
+    assert nonces.use(Proof("a", 50, oldest=20))
     assert len(nonces) == 1
-    assert not nonces.use("a", 5, oldest=0)  # the clock was set back
+    assert not nonces.use(Proof("a", 5, oldest=0))  # the clock was set back

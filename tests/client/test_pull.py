@@ -444,8 +444,9 @@ def test_every_request_carries_a_fresh_proof(node: Node, payload: bytes, tmp_pat
     assert len(node.seen) > 4
     for seen in node.seen:
         headers = seen.headers
-        proven = verify_request(partial(header, headers), "GET", seen.target, validator.ss58_address, nonces)
-        assert proven == miner.ss58_address
+        proof = verify_request(partial(header, headers), "GET", seen.target, validator.ss58_address, nonces)
+        assert nonces.use(proof), "each is another"
+        assert proof.hotkey == miner.ss58_address
         assert headers["x-hotkey"] == miner.ss58_address
 
 

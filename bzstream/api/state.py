@@ -1,41 +1,46 @@
-"""What one HTTP worker knows at this moment; the endpoints answer from it without waiting for anything.
+"""What one HTTP worker knows at this moment. Endpoints answer from it without waiting for anything.
 
-The worker's pollers (`worker.py`) put new values in; endpoints only read. Downloads of slices and shared tensors need
-`library` alone: they go on while the chain and the ledger are away.
+The worker's pollers (`worker.py`) put new values in; endpoints only read. All of it belongs to the thread of the
+worker's event loop. Downloads of slices and shared tensors need `snapshots` alone, so that they go on while the chain
+and the ledger are away.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from bzstream.api.tokens import TokensFile
+from bzstream.api.access import AccessFiles
 from bzstream.chain.clock import Cycle
 from bzstream.chain.proofs import NonceCache
 from bzstream.chain.state import ChainState
 from bzstream.config import Settings
+from bzstream.http import HttpError
 from bzstream.model import SnapshotCache
 from bzstream.submissions.ledger import AsyncLedger
 
-__all__ = ["RETRY_SOON", "View"]
+__all__ = ["WorkerState", "unavailable"]
 
-RETRY_SOON = (("Retry-After", "5"),)
-"""Header fields of a 503: what is missing is looked for several times a second, so a few seconds are enough."""
+
+def unavailable(code: str, detail: str) -> HttpError:
+    """A 503 for something that is missing at the moment."""
+    # It is looked for several times a second, so that a few seconds are enough.
+    return HttpError(503, code, detail, (("Retry-After", "5"),))
 
 
 @dataclass(slots=True)
-class View:
-    """Mutable, owned by the worker's event loop."""
+class WorkerState:
+    """Mutable; see the head of this file."""
 
     settings: Settings
-    library: SnapshotCache
-    tokens: TokensFile
+    snapshots: SnapshotCache
+    access: AccessFiles
     ledger: AsyncLedger | None
     """None until the ledger could be opened; only /submit, /submissions and /scores need it."""
     loopback: bool
     """Whether the listener's own address is a loopback one: nothing crosses a network in clear."""
     chain: ChainState | None = None
     evaluator_age: float | None = None
-    """Seconds since an evaluator's last sign of life, when the ledger was last asked; None: there never was one."""
+    """Seconds since an evaluator's last sign of life, when the ledger was last read; None: there never was one."""
     damaged: list[str] = field(default_factory=list)
     """Labels of units whose file was cut or changed on disk."""
     draining: bool = False

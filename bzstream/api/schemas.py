@@ -1,5 +1,7 @@
-"""The JSON bodies that the node answers with, as types: what is sent is encoded from them, what OpenAPI says is made
-from them."""
+"""The JSON bodies of requests and responses, as types.
+
+Responses are encoded from them, and the OpenAPI document is made from them, so that the two cannot differ.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +10,16 @@ from typing import Annotated, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 __all__ = [
-    "Accepted",
+    "AcceptedBody",
     "DuplicateBody",
     "ErrorBody",
-    "Health",
-    "Manifest",
-    "ModelIndex",
+    "HealthBody",
+    "ManifestBody",
+    "ModelBody",
     "ScoreRow",
-    "Scores",
+    "ScoresBody",
     "SubmissionBody",
-    "SubmissionStatus",
+    "SubmissionStatusBody",
     "UnitEntry",
     "VersionEntry",
 ]
@@ -43,7 +45,7 @@ Status = Literal["queued", "fetching", "verifying", "evaluating", "scored", "rej
 
 
 class ErrorBody(Struct, frozen=True):
-    """Every answer of status 400 and above."""
+    """Every response of status 400 and above."""
 
     detail: Annotated[str, Meta(description="A sentence for a person")]
     code: Annotated[str, Meta(pattern=r"^[a-z0-9_]+$", description="For a program")]
@@ -55,8 +57,8 @@ class DuplicateBody(ErrorBody, frozen=True):
     submission_id: Annotated[SubmissionId, Meta(description="Of the identical signed body alone")] | UnsetType = UNSET
 
 
-class Health(Struct, frozen=True, omit_defaults=True):
-    """GET /health: the four members of the specification; two more appear when something is wrong."""
+class HealthBody(Struct, frozen=True, omit_defaults=True):
+    """GET /health: the four members of the specification, and two more when something is wrong."""
 
     status: Literal["healthy", "starting", "degraded", "draining"]
     model_loaded: bool
@@ -66,7 +68,7 @@ class Health(Struct, frozen=True, omit_defaults=True):
     chain_age_s: Annotated[float | None, Meta(description="Seconds since the chain was last heard of")] = None
 
 
-class Manifest(Struct, frozen=True):
+class ManifestBody(Struct, frozen=True):
     """GET /model/{partial,shared,full}/manifest."""
 
     unit: Literal["partial", "shared", "full"]
@@ -98,12 +100,14 @@ class VersionEntry(Struct, frozen=True):
     model_version: ModelVersion
     block_number: Natural
     published_at: Moment
+    signed: Annotated[bool, Meta(description="Whether the validator's signature stands in its manifests")]
     units: list[UnitEntry]
 
 
-class ModelIndex(Struct, frozen=True):
-    """GET /model: what is served, newest first in `versions`."""
+class ModelBody(Struct, frozen=True):
+    """GET /model: what is served; `versions` begins with the newest."""
 
+    validator_hotkey: Annotated[Hotkey | None, Meta(description="This node's address, the receiver of proofs")]
     current: ModelVersion
     versions: list[VersionEntry]
 
@@ -126,7 +130,7 @@ class SubmissionBody(Struct, frozen=True):
     checkpoint_hash: Annotated[ContentHash, Meta(description="Of the file behind the URL")] | UnsetType = UNSET
 
 
-class Accepted(Struct, frozen=True):
+class AcceptedBody(Struct, frozen=True):
     """202: the submission is on disk."""
 
     status: Literal["accepted"]
@@ -134,7 +138,7 @@ class Accepted(Struct, frozen=True):
     evaluation_eta_blocks: Annotated[int, Meta(ge=1)]
 
 
-class SubmissionStatus(Struct, frozen=True):
+class SubmissionStatusBody(Struct, frozen=True):
     """GET /submissions/{submission_id}."""
 
     submission_id: SubmissionId
@@ -159,7 +163,7 @@ class ScoreRow(Struct, frozen=True):
     score: float | None
 
 
-class Scores(Struct, frozen=True):
+class ScoresBody(Struct, frozen=True):
     """GET /scores: one round."""
 
     round: Natural
