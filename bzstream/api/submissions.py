@@ -16,9 +16,9 @@ from bzstream.api.identity import authorise, claimed_hotkey, refuse_denied
 from bzstream.api.schemas import AcceptedBody, DuplicateBody, ScoreRow, ScoresBody, SubmissionStatusBody
 from bzstream.api.state import WorkerState, unavailable
 from bzstream.http import Endpoint, HttpError, Request, Response
-from bzstream.submissions.intake import Refused, Situation, decide, read_body, refusal_of
+from bzstream.submissions.intake import ChainContext, SubmissionRefused, decide, read_body, refusal_of
 from bzstream.submissions.ledger import AsyncLedger, LedgerUnavailable
-from bzstream.submissions.records import Accepted, Duplicate, Record
+from bzstream.submissions.types import Admitted, Duplicate, SubmissionRow
 
 __all__ = ["Submissions"]
 
@@ -55,7 +55,7 @@ class Submissions:
         state = self._state
         bound: str | None = request.context.bound
         snapshot = state.snapshots.current
-        situation = Situation(
+        context = ChainContext(
             groups=None if snapshot is None else snapshot.groups,
             chain=state.chain,
             cycle=state.cycle,
@@ -67,14 +67,14 @@ class Submissions:
                 await asyncio.sleep(0)
                 submission = read_body(request.body, state.settings.submit)
             refuse_denied(request, state, submission.hotkey)
-            candidate = decide(submission, situation, state.settings.submit)
-        except Refused as refused:
+            candidate = decide(submission, context, state.settings.submit)
+        except SubmissionRefused as refused:
             raise _refusal(refused) from None
         authorise(request, state)
-        assert situation.chain is not None
-        block = situation.chain.block
+        assert context.chain is not None
+        block = context.chain.block
         outcome = await self._ask(lambda ledger: ledger.accept(candidate))
-        if not isinstance(outcome, Accepted):
+        if not isinstance(outcome, Admitted):
             wait_blocks = state.cycle.start(block) + state.cycle.length - block
             refusal = refusal_of(outcome, retry_after=math.ceil(wait_blocks * state.settings.chain.block_s))
             same = outcome.submission_id if isinstance(outcome, Duplicate) else None
@@ -117,13 +117,13 @@ def _read_round(request: Request) -> int | None:
     return None if text is None else int(text)
 
 
-def _refusal(refused: Refused) -> HttpError:
+def _refusal(refused: SubmissionRefused) -> HttpError:
     """A refusal of the intake rules as the HTTP core sends it."""
     headers = () if refused.retry_after is None else (("Retry-After", str(refused.retry_after)),)
     return HttpError(refused.status, refused.code, refused.detail, headers)
 
 
-def _describe(record: Record) -> SubmissionStatusBody:
+def _describe(record: SubmissionRow) -> SubmissionStatusBody:
     return SubmissionStatusBody(
         submission_id=record.submission_id,
         hotkey=record.hotkey,

@@ -26,7 +26,7 @@ import structlog
 from bzstream.chain.clock import Cycle
 from bzstream.chain.keys import Key, is_hotkey
 from bzstream.chain.state import ChainState
-from bzstream.chain.submitting import RoundBook, WeightSetter, submit_weights
+from bzstream.chain.weight_setter import RoundLedger, WeightSetter, submit_weights
 from bzstream.config import ChainSettings
 from bzstream.errors import BzstreamError
 
@@ -54,7 +54,7 @@ async def watch(
     cycle: Cycle,
     offer: Callable[[ChainState], None],
     *,
-    book: RoundBook | None = None,
+    book: RoundLedger | None = None,
     key: Key | None = None,
 ) -> None:
     """Watch the chain of `chain.netuid` at `chain.endpoint` for ever; every new head is offered as a state."""
@@ -88,7 +88,7 @@ class _Watcher:
         settings: ChainSettings,
         cycle: Cycle,
         offer: Callable[[ChainState], None],
-        book: RoundBook | None,
+        book: RoundLedger | None,
         key: Key | None,
     ) -> None:
         assert settings.netuid is not None

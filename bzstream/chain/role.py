@@ -17,14 +17,14 @@ from typing import Protocol
 import structlog
 
 from bzstream.chain.clock import Cycle
-from bzstream.chain.round_base import BaseBook, BaseRecorder, BaseStore
+from bzstream.chain.round_base import BaseLedger, BaseRecorder, BaseStore
 from bzstream.chain.simulated import SimulatedChain
 from bzstream.chain.state import ChainState
-from bzstream.chain.submitting import RoundBook
+from bzstream.chain.weight_setter import RoundLedger
 from bzstream.config import ChainSettings
 from bzstream.errors import BzstreamError
 
-__all__ = ["Mailbox", "run"]
+__all__ = ["StateWriter", "run"]
 
 POLL_S = 0.2
 """How often the chain file is looked at: a new one is in force within a second, workers' own polling included."""
@@ -52,7 +52,7 @@ async def run(
     """
     cycle = Cycle.of(settings)
     recorder = None if book is None or store is None else BaseRecorder(cycle, book, store)
-    mailbox = Mailbox(publish, recorder)
+    mailbox = StateWriter(publish, recorder)
     if settings.file is not None:
         watching = _watch_file(Path(settings.file), cycle, mailbox.offer)
     elif settings.endpoint and settings.netuid is not None:
@@ -78,11 +78,11 @@ async def run(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class Book(RoundBook, BaseBook, Protocol):
+class Book(RoundLedger, BaseLedger, Protocol):
     """What the role keeps in the ledger besides the chain's state."""
 
 
-class Mailbox:
+class StateWriter:
     """Holds the newest state until it is written."""
 
     def __init__(self, publish: Callable[[ChainState], Awaitable[None]], recorder: BaseRecorder | None = None) -> None:

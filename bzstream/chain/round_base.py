@@ -21,7 +21,7 @@ import structlog
 from bzstream.chain.clock import Cycle
 from bzstream.util.warn_once import WarnOnce
 
-__all__ = ["BaseBook", "BaseRecorder", "BaseStore", "RoundBase"]
+__all__ = ["BaseLedger", "BaseRecorder", "BaseStore", "RoundBase"]
 
 _log = structlog.get_logger("bzstream.chain")
 
@@ -36,7 +36,7 @@ class RoundBase(NamedTuple):
     """The block at which the version was seen in force."""
 
 
-class BaseBook(Protocol):
+class BaseLedger(Protocol):
     """Where bases are kept: the ledger. Both methods may raise BzstreamError."""
 
     async def write_round_base(self, base: RoundBase, /) -> bool:
@@ -59,7 +59,7 @@ class BaseStore(Protocol):
 class BaseRecorder:
     """Notes the base of every round that the chain role sees."""
 
-    def __init__(self, cycle: Cycle, book: BaseBook, store: BaseStore) -> None:
+    def __init__(self, cycle: Cycle, book: BaseLedger, store: BaseStore) -> None:
         self._cycle = cycle
         self._book = book
         self._store = store

@@ -2,26 +2,26 @@
 
     {"block": 12345, "block_seconds": 0, "validators": ["5F..."], "miners": null}
 `block_seconds` 0 freezes the block, a number lets it run from the moment of reading; `miners` null lets any hotkey
-submit. Only `block` must be there. The file is read again whenever it is asked about, and its bytes compared: it is
-small, and a comparison of times misses two writes within one tick. A file that cannot be read, is half written or says
-nonsense leaves the last good one in force, and is reported once.
+submit. Only `block` must be there. Every `observe` reads the file again and compares its bytes: it is small, and a
+comparison of times misses two writes within one tick. A file that cannot be read, is half written or is not valid
+leaves the last good one in force, and is reported once. The chain role uses it, from its event loop.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bzstream.chain.canonical import MAX_INTEGER
 from bzstream.chain.clock import Cycle
 from bzstream.chain.ss58 import is_hotkey
 from bzstream.chain.state import ChainState
 from bzstream.errors import BzstreamError
+from bzstream.util.strict_json import JsonError, parse_json_object
+from bzstream.util.warn_once import WarnOnce
 
 __all__ = ["ChainFile", "InvalidChainFile", "SimulatedChain", "block_hash", "parse_chain_file"]
 
@@ -52,11 +52,9 @@ def block_hash(block: int) -> str:
 def parse_chain_file(raw: bytes) -> ChainFile:
     """Read the text of a chain file strictly: types, ranges, names, no duplicates. Raises InvalidChainFile."""
     try:
-        document = json.loads(raw.decode("utf-8"), object_pairs_hook=_members)
-    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8 and numbers of 4,300 digits are ValueErrors
-        raise InvalidChainFile(f"it is not valid JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise InvalidChainFile('it must be a JSON object such as {"block": 12345}')
+        document = parse_json_object(raw, max_bytes=MAX_FILE)
+    except JsonError as error:
+        raise InvalidChainFile(f'{error}; it must be an object such as {{"block": 12345}}') from None
     if unknown := sorted(document.keys() - _MEMBERS):
         raise InvalidChainFile(f"it has an unknown member {unknown[0]!r}; known are {', '.join(sorted(_MEMBERS))}")
     if "block" not in document:
@@ -74,13 +72,6 @@ def parse_chain_file(raw: bytes) -> ChainFile:
         _hotkeys(document.get("validators", []), "validators"),
         None if miners is None else _hotkeys(miners, "miners"),
     )
-
-
-def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise InvalidChainFile("it names a member twice")
-    return members
 
 
 def _hotkeys(value: object, name: str) -> frozenset[str]:
@@ -101,12 +92,11 @@ class SimulatedChain:
         """`warn` gets one sentence when the file turns unusable, and again only after it was good in between."""
         self._file = file
         self._cycle = cycle
-        self._warn = warn
+        self._warning = WarnOnce(warn)
         self._good: ChainFile | None = None
         self._good_raw: bytes | None = None
         self._bad_raw: bytes | None = None
         self._read_at = 0.0
-        self._warned = False
 
     def observe(self, wall: float, monotonic: float) -> ChainState | None:
         """The state now, from the last good file; None when there was none yet.
@@ -133,12 +123,10 @@ class SimulatedChain:
             with self._file.open("rb") as stream:
                 raw = stream.read(MAX_FILE + 1)
             if raw == self._good_raw:
-                self._warned = False
+                self._warning.succeeded()
                 return
             if raw == self._bad_raw:
                 return
-            if len(raw) > MAX_FILE:
-                raise InvalidChainFile(f"it is larger than {MAX_FILE} bytes")
             parsed = parse_chain_file(raw)
         except OSError as error:
             self._complain(f"it cannot be read: {error.strerror}")
@@ -147,10 +135,9 @@ class SimulatedChain:
             self._complain(str(error))
         else:
             self._good, self._good_raw = parsed, raw
-            self._read_at, self._warned = monotonic, False
+            self._read_at = monotonic
+            self._warning.succeeded()
 
     def _complain(self, reason: str) -> None:
-        if not self._warned:
-            self._warned = True
-            kept = "no chain is known yet" if self._good is None else "the last good one stays in force"
-            self._warn(f"the chain file {self._file} is not usable, {kept}: {reason}")
+        kept = "no chain is known yet" if self._good is None else "the last good one stays in force"
+        self._warning.failed(f"the chain file {self._file} is not usable, {kept}: {reason}")

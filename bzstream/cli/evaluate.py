@@ -114,11 +114,10 @@ def _repeat(settings: Settings, submission_id: str, file: Path | None, as_json: 
     from bzstream.submissions.ledger import Ledger
 
     where = existing_ledger(settings)
-    ledger, records = Ledger.open(where), Records(where)
+    ledger = Ledger.open(where)
     try:
-        record, kept = ledger.find(submission_id), records.find(submission_id)
+        record, kept = ledger.find(submission_id), Records(ledger).find(submission_id)
     finally:
-        records.close()
         ledger.close()
     if record is None or kept is None:
         raise EvaluationError(f"the ledger {where} holds no evaluation of a submission {submission_id}")

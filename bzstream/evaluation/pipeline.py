@@ -40,8 +40,8 @@ from bzstream.evaluation.threads import Worker, in_thread
 from bzstream.evaluation.work import Tools, Work
 from bzstream.model import SnapshotCache
 from bzstream.submissions.ledger import LeaseLost, Ledger, LedgerUnavailable
-from bzstream.submissions.records import Record
 from bzstream.submissions.states import FINAL, Status
+from bzstream.submissions.types import SubmissionRow
 
 if TYPE_CHECKING:
     from bzstream.evaluation.judge import Judge, Verdict
@@ -190,7 +190,7 @@ class Pipeline:
         grace = self._settings.fetch_grace_blocks + work.waited_blocks
         return self._chain.block > self._cycle.seed_block(record.round) + grace
 
-    def _seed(self, record: Record) -> str | None:
+    def _seed(self, record: SubmissionRow) -> str | None:
         return None if self._chain is None else self._chain.hashes.get(self._cycle.seed_block(record.round))
 
     async def _call(self, function: Callable[[], _T]) -> _T:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from bzstream.evaluation.records import Records
 from bzstream.evaluation.scoring import Fingerprint, copies
 from bzstream.submissions.ledger import Ledger
-from bzstream.submissions.records import Record
+from bzstream.submissions.types import SubmissionRow
 
 __all__ = ["has_twin", "settle_copies"]
 
 
-def has_twin(ledger: Ledger, records: Records, record: Record, weights: str) -> bool:
+def has_twin(ledger: Ledger, records: Records, record: SubmissionRow, weights: str) -> bool:
     """Whether another hotkey's submission with precedence has the very same weights (then none need be scored)."""
     known = records.fingerprints(record.round, record.expert_group)
     twins = [ledger.find(name) for name, (theirs, _) in known.items() if theirs == weights]

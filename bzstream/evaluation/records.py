@@ -7,16 +7,12 @@ harm: whoever evaluates the submission next writes the same numbers.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import msgspec
 from msgspec import Struct
-from sqlalchemy import delete, insert, select
 
 from bzstream.evaluation.scoring import pack_sketch, unpack_sketch
-from bzstream.submissions.database import Database
-from bzstream.submissions.schema import evaluations, migrate
+from bzstream.submissions.ledger import Ledger
+from bzstream.submissions.types import EvaluationRow
 
 __all__ = ["Evaluation", "Records"]
 
@@ -59,41 +55,32 @@ class Evaluation(Struct, frozen=True, kw_only=True):
 
 
 class Records:
-    """The evaluations in the ledger. Blocking; may raise LedgerUnavailable."""
+    """The evaluations in the ledger, with their numbers decoded. Blocking; may raise LedgerUnavailable."""
 
-    def __init__(self, where: str | Path) -> None:
-        """`where`: as for the ledger, which need not exist yet. Raises LedgerError."""
-        self._database = Database(where)
-        with self._database.write() as connection:
-            migrate(connection)
-
-    def close(self) -> None:
-        self._database.close()
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
 
     def write(self, evaluation: Evaluation, sketch: tuple[float, ...]) -> None:
         """Keep the evaluation of a submission, in place of an earlier one of it."""
-        values: dict[str, Any] = {
-            "submission_id": evaluation.submission_id,
-            "round": evaluation.round,
-            "expert_group": evaluation.group,
-            "weights": evaluation.weights,
-            "sketch": pack_sketch(sketch),
-            "record": msgspec.json.encode(evaluation).decode(),
-        }
-        with self._database.write() as connection:
-            connection.execute(delete(evaluations).where(evaluations.c.submission_id == evaluation.submission_id))
-            connection.execute(insert(evaluations).values(**values))
+        assert evaluation.submission_id is not None
+        assert evaluation.round is not None
+        self._ledger.write_evaluation(
+            EvaluationRow(
+                submission_id=evaluation.submission_id,
+                round=evaluation.round,
+                expert_group=evaluation.group,
+                weights=evaluation.weights,
+                sketch=pack_sketch(sketch),
+                record=msgspec.json.encode(evaluation).decode(),
+            )
+        )
 
     def find(self, submission_id: str) -> Evaluation | None:
         """The evaluation of a submission."""
-        statement = select(evaluations.c.record).where(evaluations.c.submission_id == submission_id)
-        with self._database.read() as connection:
-            text = connection.execute(statement).scalar_one_or_none()
-        return None if text is None else msgspec.json.decode(text, type=Evaluation)
+        row = self._ledger.evaluation(submission_id)
+        return None if row is None else msgspec.json.decode(row.record, type=Evaluation)
 
     def fingerprints(self, round_: int, group: int) -> dict[str, tuple[str, tuple[float, ...]]]:
         """Submission id -> (weights, sketch) of all that were evaluated in a round for a group."""
-        c = evaluations.c
-        statement = select(c.submission_id, c.weights, c.sketch).where(c.round == round_, c.expert_group == group)
-        with self._database.read() as connection:
-            return {row[0]: (row[1], unpack_sketch(row[2])) for row in connection.execute(statement)}
+        rows = self._ledger.evaluations(round_, group)
+        return {row.submission_id: (row.weights, unpack_sketch(row.sketch)) for row in rows}

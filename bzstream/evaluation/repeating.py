@@ -13,12 +13,12 @@ from bzstream.evaluation.dial import Dialer
 from bzstream.evaluation.fetch import Limits, fetch, hash_file
 from bzstream.evaluation.records import Evaluation
 from bzstream.evaluation.role import spool_folder
-from bzstream.submissions.records import Record
+from bzstream.submissions.types import SubmissionRow
 
 __all__ = ["compare", "find_file", "settings_of"]
 
 
-def find_file(settings: Settings, record: Record, kept: Evaluation, scratch: Path) -> Path:
+def find_file(settings: Settings, record: SubmissionRow, kept: Evaluation, scratch: Path) -> Path:
     """The submitted file: from a spool of this machine, else by its URL into `scratch`.
 
     Raises EvaluationError when neither gives the bytes that were evaluated, Refusal when fetching fails.

@@ -46,7 +46,6 @@ async def run(settings: Settings, store: Path, *, device: str | None, stop: asyn
     spool = await asyncio.to_thread(partial(Spool, folder, evaluation.spool_bytes))
     ledger = await asyncio.to_thread(partial(Ledger.open, settings.ledger_location()))
     try:
-        records = await asyncio.to_thread(partial(Records, settings.ledger_location()))
         library = SnapshotCache(store, warn=partial(structlog.get_logger("evaluator").warning, "snapshot"))
         reader = Reader(memory=evaluation.read_memory, timeout=evaluation.read_timeout_s)
         name = f"{socket.gethostname()}/{os.getpid()}"
@@ -55,7 +54,7 @@ async def run(settings: Settings, store: Path, *, device: str | None, stop: asyn
             await Pipeline(
                 settings,
                 ledger=ledger,
-                records=records,
+                records=Records(ledger),
                 library=library,
                 tools=Tools(evaluation, spool, Dialer(settings.submit), reader),
                 make_judge=partial(_make_judge, settings, store, device),
@@ -66,7 +65,6 @@ async def run(settings: Settings, store: Path, *, device: str | None, stop: asyn
             reader.close()
             spool.close()
             library.close()
-            records.close()
     finally:
         ledger.close()
 
@@ -80,7 +78,7 @@ async def _show_life(ledger: Ledger, name: str) -> None:
     """Tell the ledger every few seconds that this evaluator lives: /health says when none does."""
     while True:
         try:
-            await asyncio.to_thread(ledger.beat, name)
+            await asyncio.to_thread(ledger.heartbeat, name)
         except LedgerError:  # the pipeline reports what is wrong with the ledger
             pass
         await asyncio.sleep(LIFE_S)

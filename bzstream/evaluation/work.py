@@ -20,7 +20,7 @@ from bzstream.evaluation.published import Part, Published
 from bzstream.evaluation.readers import largest_file
 from bzstream.evaluation.sandbox import Reader
 from bzstream.evaluation.spool import Spool, SpoolEntry
-from bzstream.submissions.records import Job, Record
+from bzstream.submissions.types import Job, SubmissionRow
 
 if TYPE_CHECKING:
     from bzstream.evaluation.judge import Judge
@@ -51,7 +51,7 @@ class Work:
         self.staged: Staged | None = None
 
     @property
-    def record(self) -> Record:
+    def record(self) -> SubmissionRow:
         return self.job.record
 
     @property

@@ -1,4 +1,4 @@
-"""One transactional database, whichever it is: who may write, when it is on disk, and what its errors mean.
+"""The ledger's database, SQLite or PostgreSQL: who may write, when a commit is on disk, and what its errors mean.
 
 Both databases are given the same semantics, so that the ledger above is one piece of code:
 - One writer at a time. SQLite: BEGIN IMMEDIATE. PostgreSQL: a transaction-scoped advisory lock, taken first, so that
@@ -6,8 +6,9 @@ Both databases are given the same semantics, so that the ledger above is one pie
   nothing needs to be retried, and the order of commits is the order of acceptance.
 - A commit is on disk when it returns. SQLite: WAL with synchronous=FULL. PostgreSQL: synchronous_commit is raised to
   `on` where the server's default is lower.
-SQLite has no queue of waiting writers: a busy process that begins again at once starves the others. So a writer first
-takes its turn at a *turnstile*, a lock file held only until BEGIN IMMEDIATE succeeds: whoever waits there is next.
+SQLite has no queue of waiting writers, so a process that begins its next transaction at once can starve the others. A
+writer therefore first takes the *writer queue lock*, a lock file (`<ledger>.turn`) that it holds until its BEGIN
+IMMEDIATE has succeeded: the writer that holds it is the next one, and the others wait for the lock.
 """
 
 from __future__ import annotations
@@ -66,11 +67,11 @@ class Database:
         self.name = url.render_as_string(hide_password=True) if url.drivername != "sqlite" else str(url.database)
         # Parameters stay out of error texts: they hold the miners' URLs.
         common: dict[str, Any] = {"poolclass": QueuePool, "pool_size": 2, "hide_parameters": True}
-        self._turnstile: int | None = None
+        self._writer_queue_lock: int | None = None
         if url.drivername == "sqlite":
             file = Path(str(url.database))
             _prepare(file)
-            self._turnstile = os.open(f"{file}.turn", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._writer_queue_lock = os.open(f"{file}.turn", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             # Connections move between threads only through the pool, never while in use.
             # SQLite's own wait sleeps up to 100 ms between two tries: writers, who often meet, try by themselves.
             self._writers, self._readers = (
@@ -94,10 +95,10 @@ class Database:
     def write(self) -> Iterator[Connection]:
         """A transaction that holds the writers' lock; on disk when the block ends without an exception."""
         with self._errors(), self._writers.connect() as connection:
-            if self._turnstile is None:
+            if self._writer_queue_lock is None:
                 connection.execute(text(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})"))
             else:
-                self._begin_immediate(connection, self._turnstile)
+                self._begin_immediate(connection, self._writer_queue_lock)
             yield connection
             connection.commit()  # without it the connection rolls back when it goes back to the pool
 
@@ -105,7 +106,7 @@ class Database:
     def read(self) -> Iterator[Connection]:
         """A transaction for reading, never held up by a writer."""
         with self._errors(), self._readers.connect() as connection:
-            if self._turnstile is not None:
+            if self._writer_queue_lock is not None:
                 connection.exec_driver_sql("BEGIN")
             yield connection
             connection.commit()
@@ -114,38 +115,38 @@ class Database:
         """Close every connection; no thread may be using one. Closing twice is fine."""
         self._writers.dispose()
         self._readers.dispose()
-        if self._turnstile is not None and not self._closed:
-            os.close(self._turnstile)
+        if self._writer_queue_lock is not None and not self._closed:
+            os.close(self._writer_queue_lock)
         self._closed = True
 
-    def _begin_immediate(self, connection: Connection, turnstile: int) -> None:
+    def _begin_immediate(self, connection: Connection, writer_queue_lock: int) -> None:
         deadline = time.monotonic() + LOCK_TIMEOUT_S
-        _until(deadline, lambda: _try_flock(turnstile))
+        _retry_until(deadline, lambda: _try_flock(writer_queue_lock))
         try:
-            _until(deadline, lambda: _try_begin(connection))
+            _retry_until(deadline, lambda: _try_begin(connection))
         finally:
-            fcntl.flock(turnstile, fcntl.LOCK_UN)
+            fcntl.flock(writer_queue_lock, fcntl.LOCK_UN)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
         except DBAPIError as error:
-            raise LedgerUnavailable(f"the ledger {self.name} failed: {_short(error)}") from error
+            raise LedgerUnavailable(f"the ledger {self.name} failed: {_first_line(error)}") from error
         except SQLAlchemyError as error:
             raise LedgerUnavailable(f"the ledger {self.name} failed: {str(error).splitlines()[0]}") from error
 
 
-def _until(deadline: float, attempt: Callable[[], bool]) -> None:
+def _retry_until(deadline: float, attempt: Callable[[], bool]) -> None:
     while not attempt():
         if time.monotonic() > deadline:
             raise LedgerUnavailable(f"the ledger was locked for {LOCK_TIMEOUT_S:g} s; is a process stuck with it?")
         time.sleep(0.001)
 
 
-def _try_flock(turnstile: int) -> bool:
+def _try_flock(writer_queue_lock: int) -> bool:
     try:
-        fcntl.flock(turnstile, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(writer_queue_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -242,6 +243,6 @@ def _file_system(file: Path) -> str:
     return kind
 
 
-def _short(error: DBAPIError) -> str:
+def _first_line(error: DBAPIError) -> str:
     lines = str(error.orig).strip().splitlines()
     return lines[0] if lines else type(error.orig).__name__

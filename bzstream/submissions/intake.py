@@ -7,7 +7,6 @@ about the node's state that he could have learned without a well-formed and sign
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -25,10 +24,11 @@ from bzstream.chain.keys import (
 from bzstream.chain.state import ChainState
 from bzstream.config import SubmitSettings
 from bzstream.errors import BzstreamError
-from bzstream.submissions.records import Candidate, Duplicate, Submission, TooMany
+from bzstream.submissions.types import Candidate, Duplicate, LimitReached, Submission
 from bzstream.submissions.urls import InvalidUrl, check_url
+from bzstream.util.strict_json import DuplicateKey, JsonError, parse_json_object
 
-__all__ = ["MAX_BLOCK", "MAX_GROUP", "Refused", "Situation", "decide", "read_body", "refusal_of"]
+__all__ = ["MAX_BLOCK", "MAX_GROUP", "ChainContext", "SubmissionRefused", "decide", "read_body", "refusal_of"]
 
 MAX_GROUP = 999_999_999
 """As in the X-Expert-Group header: `0` or `[1-9][0-9]{0,8}`."""
@@ -39,7 +39,7 @@ _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,15})", re.ASCII)
 _CHECKPOINT_HASH = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 
 
-class Refused(BzstreamError):
+class SubmissionRefused(BzstreamError):
     """A submission is refused: `status` for HTTP, `code` for programs, `detail` for people.
 
     `retry_after`: seconds after which the same request may succeed, where that can be said.
@@ -54,7 +54,7 @@ class Refused(BzstreamError):
 
 
 def read_body(raw: bytes, rules: SubmitSettings) -> Submission:
-    """Read the body of POST /submit: JSON, fields, hotkey, URL, signature, in this order. Raises Refused (400).
+    """Read the body of POST /submit: JSON, fields, hotkey, URL, signature, in this order. Raises SubmissionRefused.
 
     Unknown fields are ignored. Takes at most about 0.2 ms for a body of ordinary size, most of it the signature.
     """
@@ -68,13 +68,15 @@ def read_body(raw: bytes, rules: SubmitSettings) -> Submission:
     try:
         decode_hotkey(hotkey)
     except InvalidHotkey as error:
-        raise Refused(400, "invalid_hotkey", str(error)) from None
+        raise SubmissionRefused(400, "invalid_hotkey", str(error)) from None
     if checkpoint_hash is not None and not _CHECKPOINT_HASH.fullmatch(checkpoint_hash):
-        raise Refused(400, "invalid_checkpoint_hash", "checkpoint_hash must be sha256: and 64 lower-case hex digits")
+        raise SubmissionRefused(
+            400, "invalid_checkpoint_hash", "checkpoint_hash must be sha256: and 64 lower-case hex digits"
+        )
     try:
         check_url(url, rules)
     except InvalidUrl as error:
-        raise Refused(400, error.code, str(error)) from None
+        raise SubmissionRefused(400, error.code, str(error)) from None
     fields: dict[str, object] = {
         "hotkey": hotkey,
         "expert_group": group,
@@ -87,16 +89,16 @@ def read_body(raw: bytes, rules: SubmitSettings) -> Submission:
     try:
         good = verify(hotkey, signed, decode_signature(signature), rules.signature_schemes)
     except InvalidSignature as error:
-        raise Refused(400, "invalid_signature", str(error)) from None
+        raise SubmissionRefused(400, "invalid_signature", str(error)) from None
     if not good:
-        raise Refused(
+        raise SubmissionRefused(
             400, "invalid_signature", "the signature is not by hotkey over the canonical JSON of the other fields"
         )
     return Submission(hotkey, group, url, block, checkpoint_hash, signature, signed)
 
 
 @dataclass(frozen=True, slots=True)
-class Situation:
+class ChainContext:
     """What the node knows at the moment of a submission."""
 
     groups: Collection[int] | None
@@ -112,49 +114,51 @@ class Situation:
     """Seconds since the epoch; None: the clock's."""
 
 
-def decide(submission: Submission, situation: Situation, rules: SubmitSettings) -> Candidate:
-    """Whether a well-formed submission may go to the ledger now. Raises Refused (503, 400, 423, 400, 403)."""
-    chain, cycle = situation.chain, situation.cycle
-    if situation.groups is None:
-        raise Refused(503, "model_not_loaded", "no model snapshot is loaded yet; try again later", 10)
+def decide(submission: Submission, context: ChainContext, rules: SubmitSettings) -> Candidate:
+    """Whether a well-formed submission may go to the ledger now. Raises SubmissionRefused (503, 400, 423, 400, 403)."""
+    chain, cycle = context.chain, context.cycle
+    if context.groups is None:
+        raise SubmissionRefused(503, "model_not_loaded", "no model snapshot is loaded yet; try again later", 10)
     if chain is None:
-        raise Refused(503, "chain_unknown", "the chain's state is not known yet; try again later", 10)
-    if chain.age(situation.now) > situation.stale_s:
-        raise Refused(503, "chain_stale", "the node has lost sight of the chain; try again later", 10)
-    if submission.expert_group not in situation.groups:
-        raise Refused(400, "unknown_expert_group", f"expert group {submission.expert_group} does not exist")
+        raise SubmissionRefused(503, "chain_unknown", "the chain's state is not known yet; try again later", 10)
+    if chain.age(context.now) > context.stale_s:
+        raise SubmissionRefused(503, "chain_stale", "the node has lost sight of the chain; try again later", 10)
+    if submission.expert_group not in context.groups:
+        raise SubmissionRefused(400, "unknown_expert_group", f"expert group {submission.expert_group} does not exist")
     phase = cycle.phase(chain.block)
     if phase != "submit":
         wait = cycle.round(chain.block) - chain.block
         wait = wait if wait > 0 else wait + cycle.length
-        raise Refused(423, "not_in_submit_phase", f"the phase is {phase}; submissions open in {wait} blocks")
+        raise SubmissionRefused(423, "not_in_submit_phase", f"the phase is {phase}; submissions open in {wait} blocks")
     if not cycle.contains(chain.block, submission.block_number):
         first = cycle.start(chain.block)
-        raise Refused(
+        raise SubmissionRefused(
             400,
             "block_number_out_of_cycle",
             f"block_number must lie in the current cycle, from {first} to {chain.block}",
         )
-    if any(identity != submission.hotkey for identity in situation.identities):
-        raise Refused(403, "hotkey_mismatch", "the request is made with another hotkey than the submission's")
+    if any(identity != submission.hotkey for identity in context.identities):
+        raise SubmissionRefused(403, "hotkey_mismatch", "the request is made with another hotkey than the submission's")
     if not chain.is_miner(submission.hotkey):
-        raise Refused(403, "hotkey_not_registered", "the hotkey is not registered on the subnet")
+        raise SubmissionRefused(403, "hotkey_not_registered", "the hotkey is not registered on the subnet")
     return Candidate(submission, cycle.round(chain.block), rules.max_per_cycle)
 
 
-def refusal_of(outcome: Duplicate | TooMany, *, retry_after: int) -> Refused:
+def refusal_of(outcome: Duplicate | LimitReached, *, retry_after: int) -> SubmissionRefused:
     """The ledger's refusals as the api answers them; `retry_after`: seconds until the next cycle, for the limit.
 
     To a Duplicate the api adds `submission_id` where the outcome has one.
     """
-    if isinstance(outcome, TooMany):
-        return Refused(
+    if isinstance(outcome, LimitReached):
+        return SubmissionRefused(
             429,
             "too_many_submissions",
             f"{outcome.limit} submissions of this hotkey were accepted in this cycle already",
             retry_after,
         )
-    return Refused(409, "duplicate_submission", "a submission of this hotkey for this block was accepted before")
+    return SubmissionRefused(
+        409, "duplicate_submission", "a submission of this hotkey for this block was accepted before"
+    )
 
 
 class _NotAnInteger(float):
@@ -163,52 +167,32 @@ class _NotAnInteger(float):
 
 def _parse(raw: bytes) -> dict[str, Any]:
     try:
-        document = _DECODER.decode(raw.decode("utf-8"))
-    except (ValueError, RecursionError):  # bad UTF-8 and bad JSON are ValueErrors; deep nesting is the latter
-        raise Refused(400, "invalid_json", "the body is not valid JSON") from None
-    if not isinstance(document, dict):
-        raise Refused(400, "invalid_json", "the body must be a JSON object")
-    return document
-
-
-def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise Refused(400, "duplicate_key", "the body names a field twice")
-    return members
+        return parse_json_object(raw, parse_int=_parse_integer, parse_float=lambda _: _NotAnInteger())
+    except DuplicateKey:
+        raise SubmissionRefused(400, "duplicate_key", "the body names a field twice") from None
+    except JsonError as error:
+        raise SubmissionRefused(400, "invalid_json", f"the body cannot be read: {error}") from None
 
 
 def _parse_integer(text: str) -> int | _NotAnInteger:
     return int(text) if _INTEGER.fullmatch(text) and text != "-0" else _NotAnInteger()
 
 
-def _constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_members,
-    parse_int=_parse_integer,
-    parse_float=lambda _: _NotAnInteger(),
-    parse_constant=_constant,
-)
-
-
 def _text(document: dict[str, Any], name: str) -> str:
     value = _field(document, name)
     if not isinstance(value, str):
-        raise Refused(400, "invalid_field", f"{name} must be a string")
+        raise SubmissionRefused(400, "invalid_field", f"{name} must be a string")
     return value
 
 
 def _integer(document: dict[str, Any], name: str, maximum: int) -> int:
     value = _field(document, name)
     if type(value) is not int or not 0 <= value <= maximum:  # type(): a bool is an int to isinstance
-        raise Refused(400, "invalid_field", f"{name} must be a whole number from 0 to {maximum}")
+        raise SubmissionRefused(400, "invalid_field", f"{name} must be a whole number from 0 to {maximum}")
     return value
 
 
 def _field(document: dict[str, Any], name: str) -> Any:
     if name not in document:
-        raise Refused(400, "missing_field", f"{name} is missing")
+        raise SubmissionRefused(400, "missing_field", f"{name} is missing")
     return document[name]

@@ -14,21 +14,21 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, and_, bindparam, case, select, update
 
-from bzstream.submissions.records import Job, Record
 from bzstream.submissions.schema import LedgerError, db_now, submissions
-from bzstream.submissions.states import FINAL, WORKING, Status, sources
+from bzstream.submissions.states import FINAL, LEASED, Status, predecessors
+from bzstream.submissions.types import Job, SubmissionRow
 
 __all__ = [
-    "RECORD",
+    "COLUMNS",
     "Advance",
     "Claim",
     "LeaseLost",
     "Renewal",
     "advance_all",
     "claim_all",
-    "record_of",
     "reject_all",
     "renew_all",
+    "row_of",
 ]
 
 
@@ -65,16 +65,16 @@ class Advance:
 
 
 _table = submissions.c
-RECORD = tuple(_table[name] for name in Record.__dataclass_fields__)
-"""The columns of a Record, in its order."""
+COLUMNS = tuple(_table[name] for name in SubmissionRow.__dataclass_fields__)
+"""The columns of a SubmissionRow, in its order."""
 
 
-def record_of(row: Row[Any]) -> Record:
-    """A Record from a row of RECORD's columns."""
-    return Record(**row._mapping)
+def row_of(row: Row[Any]) -> SubmissionRow:
+    """A SubmissionRow from a row of COLUMNS's columns."""
+    return SubmissionRow(**row._mapping)
 
 
-_LOST = (_table.status.in_(sorted(WORKING)), _table.lease_expires <= db_now())
+_LOST = (_table.status.in_(sorted(LEASED)), _table.lease_expires <= db_now())
 _NO_LEASE = {"lease_token": None, "lease_expires": None}
 _GIVE_UP = (
     update(submissions)
@@ -94,14 +94,14 @@ _CLAIM = (
         lease_expires=db_now() + bindparam("lease_s"),
     )
 )
-_CLAIMED = select(*RECORD).where(_table.lease_token == bindparam("token")).order_by(_table.seq)
+_CLAIMED = select(*COLUMNS).where(_table.lease_token == bindparam("token")).order_by(_table.seq)
 _HELD = (
     _table.submission_id == bindparam("id"),
     _table.lease_token == bindparam("token"),
     _table.lease_expires > db_now(),
 )
 _RENEW = update(submissions).where(*_HELD).values(lease_expires=db_now() + bindparam("lease_s"))
-_READ = select(*RECORD).where(_table.submission_id == bindparam("id"))
+_READ = select(*COLUMNS).where(_table.submission_id == bindparam("id"))
 
 
 def claim_all(connection: Connection, claims: Sequence[Claim]) -> Sequence[list[Job]]:
@@ -115,7 +115,7 @@ def claim_all(connection: Connection, claims: Sequence[Claim]) -> Sequence[list[
         if ids:
             connection.execute(_CLAIM, {"ids": ids, "by": claim.worker, "token": token, "lease_s": claim.lease_s})
         rows = connection.execute(_CLAIMED, {"token": token}) if ids else ()
-        results.append([Job(record_of(row), token) for row in rows])
+        results.append([Job(row_of(row), token) for row in rows])
     return results
 
 
@@ -152,13 +152,13 @@ def advance_all(connection: Connection, advances: Sequence[Advance]) -> Sequence
             results.append(LeaseLost(f"the lease on submission {job.record.submission_id} was lost; drop its result"))
             continue
         row = connection.execute(_READ, {"id": job.record.submission_id}).one()
-        results.append(replace(job, record=record_of(row)))
+        results.append(replace(job, record=row_of(row)))
     return results
 
 
 def reject_all(connection: Connection, rejections: Sequence[tuple[str, str]]) -> Sequence[bool]:
     """For each (submission_id, reason) whether it was turned from scored or failed into rejected."""
-    finished = tuple(status for status in sources("rejected") if status in FINAL)
+    finished = tuple(status for status in predecessors("rejected") if status in FINAL)
     statement = (
         update(submissions)
         .where(_table.submission_id == bindparam("id"), _table.status.in_(finished))

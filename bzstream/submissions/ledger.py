@@ -1,8 +1,9 @@
-"""The ledger: submissions, their fate, and the chain's state, durable and shared by every process of the node.
+"""The ledger: submissions and what became of them, evaluations, rounds and the chain's state; durable, shared by all.
 
-`Ledger` is for ordinary threads (the evaluator, commands), `AsyncLedger` the same for an event loop (the http worker,
-the chain role). Writes go through one thread that commits them in groups (`writer`), reads through another with its
-own connection, so that neither waits for the loop nor the loop for them. Open a ledger after forking, not before.
+`Ledger` is for ordinary threads (the evaluator, commands). `AsyncLedger` has the same for an event loop (the http
+worker, the chain role). Writes go through one thread that commits them in groups (`writer`), reads through another
+thread with its own connection, so that the event loop never waits for the disk. Open a ledger after forking, not
+before.
 
 A worker asks for the chain's state several times a second: one indexed row, whose large part (who is registered) is
 fetched only when its version changed. Its age is measured by the database's clock on both sides, so that machines with
@@ -17,40 +18,42 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, delete, func, insert, select, update
 
 from bzstream.chain.round_base import RoundBase
 from bzstream.chain.state import ChainState
-from bzstream.submissions.accepting import Acceptance
+from bzstream.submissions.admission import Admission
 from bzstream.submissions.database import Database, LedgerUnavailable
 from bzstream.submissions.leases import (
-    RECORD,
+    COLUMNS,
     Advance,
     Claim,
     LeaseLost,
     Renewal,
     advance_all,
     claim_all,
-    record_of,
     reject_all,
     renew_all,
+    row_of,
 )
-from bzstream.submissions.records import Candidate, Job, Outcome, Record, RoundScores
 from bzstream.submissions.schema import (
     LedgerError,
     chain_state,
     db_now,
+    evaluations,
     evaluators,
     migrate,
     round_bases,
     submissions,
     weights_set,
 )
-from bzstream.submissions.states import FINAL, STATUSES, Status, may_follow
+from bzstream.submissions.states import UNFINISHED, Status, may_follow
+from bzstream.submissions.types import AdmissionResult, Candidate, EvaluationRow, Job, RoundScores, SubmissionRow
 from bzstream.submissions.writer import Writer
 
 __all__ = ["AsyncLedger", "LeaseLost", "Ledger", "LedgerError", "LedgerUnavailable"]
@@ -70,7 +73,7 @@ class _Base:
         self._database = database
         self._writer = Writer(database)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="ledger-reader")
-        self._accept = Acceptance()
+        self._accept = Admission()
         self._registered: tuple[int, dict[str, Any]] | None = None
 
     @classmethod
@@ -108,11 +111,11 @@ class _Base:
 class Ledger(_Base):
     """The ledger for ordinary threads; every method waits. All may raise LedgerUnavailable."""
 
-    def accept(self, candidate: Candidate) -> Outcome:
-        """Take a submission in, or say why not. When it returns Accepted the submission is on disk."""
+    def accept(self, candidate: Candidate) -> AdmissionResult:
+        """Take a submission in, or say why not. When it returns Admitted the submission is on disk."""
         return self._writer.call(self._accept, candidate)
 
-    def find(self, submission_id: str) -> Record | None:
+    def find(self, submission_id: str) -> SubmissionRow | None:
         """The submission with this id."""
         return self._read(lambda connection: _find(connection, submission_id))
 
@@ -173,9 +176,9 @@ class Ledger(_Base):
         """Turn a finished submission into `rejected` (a copy, found out later); False when it was rejected already."""
         return self._writer.call(reject_all, (submission_id, reason))
 
-    def beat(self, worker: str) -> None:
-        """Note that the evaluator `worker` lives."""
-        self._writer.call(_beat, worker)
+    def heartbeat(self, worker: str) -> None:
+        """Note that the evaluator `worker` is alive; `AsyncLedger.evaluator_age` tells when one was last."""
+        self._writer.call(_heartbeat, worker)
 
     def weights_are_set(self, round_: int) -> bool:
         """Whether the weights of a round are confirmed on the chain."""
@@ -184,6 +187,20 @@ class Ledger(_Base):
     def confirm_weights(self, round_: int) -> None:
         """Remember that the weights of a round are confirmed on the chain."""
         self._writer.call(_confirm_weights, round_)
+
+    def write_evaluation(self, row: EvaluationRow) -> None:
+        """Keep the evaluation of a submission, in place of an earlier one of it."""
+        self._writer.call(_write_evaluations, row)
+
+    def evaluation(self, submission_id: str) -> EvaluationRow | None:
+        """The evaluation of a submission."""
+        rows = self._read(lambda connection: _evaluations(connection, _evaluation.submission_id == submission_id))
+        return rows[0] if rows else None
+
+    def evaluations(self, round_: int, group: int) -> list[EvaluationRow]:
+        """All evaluations of a round for a group, each without its `record`, which is long."""
+        chosen = (_evaluation.round == round_, _evaluation.expert_group == group)
+        return self._read(lambda connection: _evaluations(connection, *chosen, record=False))
 
     def round_base(self, round_: int) -> str | None:
         """The model version that a round is scored against; None when the chain role has not noted it."""
@@ -200,11 +217,11 @@ class Ledger(_Base):
 class AsyncLedger(_Base):
     """The ledger for an event loop: nothing here blocks it. All may raise LedgerUnavailable."""
 
-    async def accept(self, candidate: Candidate) -> Outcome:
+    async def accept(self, candidate: Candidate) -> AdmissionResult:
         """As Ledger.accept. A caller that is cancelled meanwhile may still have been accepted."""
         return await self._writer.submit(self._accept, candidate)
 
-    async def find(self, submission_id: str) -> Record | None:
+    async def find(self, submission_id: str) -> SubmissionRow | None:
         """As Ledger.find."""
         return await self._read(lambda connection: _find(connection, submission_id))
 
@@ -245,6 +262,7 @@ class AsyncLedger(_Base):
 
 
 _table = submissions.c
+_evaluation = evaluations.c
 _CHAIN_HEAD = select(
     chain_state.c.version,
     chain_state.c.block,
@@ -252,36 +270,31 @@ _CHAIN_HEAD = select(
     (db_now() - chain_state.c.observed_at).label("age"),
 )
 _EVALUATOR_AGE = select(db_now() - func.max(evaluators.c.seen_at))
-_FIND = select(*RECORD).where(_table.submission_id == bindparam("id"))
+_FIND = select(*COLUMNS).where(_table.submission_id == bindparam("id"))
 _COUNTED = func.coalesce(_table.reason, "") != "superseded"
 # `not in` on purpose: it leaves the index by round, newest first, as the one to use.
-_LATEST = (
-    select(_table.round)
-    .where(_table.status.not_in([status for status in STATUSES if status not in FINAL]), _COUNTED)
-    .order_by(_table.round.desc())
-    .limit(1)
-)
-_ROUND = select(*RECORD).where(_table.round == bindparam("round"), _COUNTED).order_by(_table.seq)
+_LATEST = select(_table.round).where(_table.status.not_in(UNFINISHED), _COUNTED).order_by(_table.round.desc()).limit(1)
+_ROUND = select(*COLUMNS).where(_table.round == bindparam("round"), _COUNTED).order_by(_table.seq)
 
 
-def _find(connection: Connection, submission_id: str) -> Record | None:
+def _find(connection: Connection, submission_id: str) -> SubmissionRow | None:
     if not _ID.fullmatch(submission_id):  # PostgreSQL takes no NUL in a text
         return None
     row = connection.execute(_FIND, {"id": submission_id}).one_or_none()
-    return None if row is None else record_of(row)
+    return None if row is None else row_of(row)
 
 
 def _scores(connection: Connection, round_: int | None) -> RoundScores | None:
     if round_ is None:
         round_ = connection.execute(_LATEST).scalar_one_or_none()
-    records = tuple(record_of(row) for row in connection.execute(_ROUND, {"round": round_}))
+    records = tuple(row_of(row) for row in connection.execute(_ROUND, {"round": round_}))
     if round_ is None or not records:
         return None
     version = next((record.model_version for record in records if record.model_version is not None), None)
     return RoundScores(round_, version, records)
 
 
-def _beat(connection: Connection, workers: Sequence[str]) -> Sequence[None]:
+def _heartbeat(connection: Connection, workers: Sequence[str]) -> Sequence[None]:
     for worker in set(workers):
         connection.execute(delete(evaluators).where(evaluators.c.worker == worker))
         connection.execute(insert(evaluators).values(worker=worker, seen_at=db_now()))
@@ -297,6 +310,19 @@ def _confirm_weights(connection: Connection, rounds: Sequence[int]) -> Sequence[
         if not _weights_are_set(connection, round_):
             connection.execute(insert(weights_set).values(round=round_, confirmed_at=db_now()))
     return [None] * len(rounds)
+
+
+def _evaluations(connection: Connection, *chosen: ColumnElement[bool], record: bool = True) -> list[EvaluationRow]:
+    columns = [_evaluation[name] for name in EvaluationRow.__dataclass_fields__ if record or name != "record"]
+    rows = connection.execute(select(*columns).where(*chosen))
+    return [EvaluationRow(**{"record": "", **row._mapping}) for row in rows]
+
+
+def _write_evaluations(connection: Connection, rows: Sequence[EvaluationRow]) -> Sequence[None]:
+    for row in rows:
+        connection.execute(delete(evaluations).where(_evaluation.submission_id == row.submission_id))
+        connection.execute(insert(evaluations).values(**asdict(row)))
+    return [None] * len(rows)
 
 
 def _round_bases(connection: Connection, since: int) -> dict[int, str]:

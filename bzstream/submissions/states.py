@@ -1,42 +1,50 @@
 """The life of a submission, as one table.
 
     queued -> fetching -> verifying -> evaluating -> scored
-Any of them can end early: `rejected` is the miner's fault (score 0), `failed` is ours (no score). A job whose evaluator
-died goes back to `queued`. Whatever is not rejected yet can still be: a later submission of the same hotkey in the same
-cycle supersedes it, and a copy is found out after it was scored.
+Each state can end early: `rejected` is the miner's fault (score 0), `failed` is ours (no score). A job whose evaluator
+died goes back to `queued`. A scored or failed submission can still be rejected: a copy is found out after it was
+scored, and a later submission of the same hotkey in the same cycle supersedes the earlier ones.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
-__all__ = ["FINAL", "STATUSES", "TRANSITIONS", "WORKING", "Status", "may_follow", "sources"]
+__all__ = ["FINAL", "LEASED", "STATES", "UNFINISHED", "Status", "may_follow", "predecessors"]
 
 Status = Literal["queued", "fetching", "verifying", "evaluating", "scored", "rejected", "failed"]
 
-TRANSITIONS: dict[Status, frozenset[Status]] = {
-    "queued": frozenset({"fetching", "rejected", "failed"}),
-    "fetching": frozenset({"verifying", "rejected", "failed", "queued"}),
-    "verifying": frozenset({"evaluating", "rejected", "failed", "queued"}),
-    "evaluating": frozenset({"scored", "rejected", "failed", "queued"}),
-    "scored": frozenset({"rejected"}),
-    "failed": frozenset({"rejected"}),
-    "rejected": frozenset(),
-}
-"""Status -> what may come next."""
 
-STATUSES: tuple[Status, ...] = tuple(TRANSITIONS)
-WORKING: frozenset[Status] = frozenset({"fetching", "verifying", "evaluating"})
-"""Somebody holds, or has lost, a lease."""
-FINAL: frozenset[Status] = frozenset({"scored", "rejected", "failed"})
-"""Nobody works on it any more."""
+class State(NamedTuple):
+    """One row of the table."""
+
+    following: frozenset[Status]
+    leased: bool = False
+    """An evaluator holds a lease on the submission, or has lost it."""
+    final: bool = False
+    """No evaluator will work on it any more."""
+
+
+STATES: dict[Status, State] = {
+    "queued": State(frozenset({"fetching", "rejected", "failed"})),
+    "fetching": State(frozenset({"verifying", "rejected", "failed", "queued"}), leased=True),
+    "verifying": State(frozenset({"evaluating", "rejected", "failed", "queued"}), leased=True),
+    "evaluating": State(frozenset({"scored", "rejected", "failed", "queued"}), leased=True),
+    "scored": State(frozenset({"rejected"}), final=True),
+    "failed": State(frozenset({"rejected"}), final=True),
+    "rejected": State(frozenset(), final=True),
+}
+
+LEASED: frozenset[Status] = frozenset(status for status, state in STATES.items() if state.leased)
+FINAL: frozenset[Status] = frozenset(status for status, state in STATES.items() if state.final)
+UNFINISHED: tuple[Status, ...] = tuple(status for status in STATES if status not in FINAL)
 
 
 def may_follow(status: Status, following: Status) -> bool:
     """Whether a submission in `status` may come into `following`."""
-    return following in TRANSITIONS[status]
+    return following in STATES[status].following
 
 
-def sources(following: Status) -> tuple[Status, ...]:
+def predecessors(following: Status) -> tuple[Status, ...]:
     """Every status from which `following` may be reached."""
-    return tuple(status for status in STATUSES if following in TRANSITIONS[status])
+    return tuple(status for status in STATES if may_follow(status, following))

@@ -1,17 +1,18 @@
 """Group commit: one thread, one transaction for everything that waits, one fsync for all of it.
 
-An fsync takes a disk 0.1 to 10 ms, whatever it carries. While one is under way, requests queue up; the next
-transaction takes all of them (up to `MAX_BATCH`), so that the more there is to do the cheaper each becomes. Nobody is
-answered before the commit that carries his work has returned, and if it fails everybody in it is told so.
+An fsync takes a disk 0.1 to 10 ms, whatever it carries. While one is under way, jobs queue up; the next transaction
+takes all of them (up to `MAX_BATCH`), so that each job costs less the more there are. A caller gets its result after
+the commit that carries its job has returned. If that commit fails, every caller in it gets the error.
 
-A transaction takes the processor 0.3 ms, whatever it carries, from the event loop whose jobs it does. On a fast disk it
-would be over before the next few jobs are there, and most of that time would go into transactions of two or three. So a
-transaction begins no sooner than `PACE_S` after the one before began, unless as many jobs as that one carried wait
-already: who comes alone is done at once, and on a slow disk nobody ever waits for anything but the disk.
+A transaction costs 0.3 ms of processor time, whatever it carries, and the event loop that sent the jobs has to wait for
+the interpreter meanwhile. On a fast disk a transaction ends before the next few jobs arrive, and most of that time
+would go into transactions of two or three jobs. So a transaction begins no sooner than `PACE_S` after the one before
+began, unless as many jobs wait as that one carried. A single job is done at once, and on a slow disk a job waits for
+nothing but the disk.
 
-Work of the same kind that stands together in the queue is handed over as one list, so that 64 submissions cost three
-statements rather than 190. A transaction in which one job fails is rolled back and done again with every group in a
-savepoint; a group that fails is taken apart, so that nobody fails with another.
+Jobs of the same operation that stand next to each other in the queue are handed over as one list (a group), so that 64
+submissions cost three statements rather than 190. A transaction in which a job fails is rolled back and done again with
+every group in a savepoint. A group that fails again is done job by job, so that a job fails by its own fault alone.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from sqlalchemy.exc import DataError, IntegrityError
 from bzstream.errors import BzstreamError
 from bzstream.submissions.database import Database, LedgerUnavailable
 from bzstream.submissions.schema import LedgerError
+from bzstream.util.loops import call_in_loop, settle
 
 __all__ = ["Operation", "Writer"]
 
@@ -46,7 +48,7 @@ MAX_WAITING = 8192
 """Jobs that may wait; beyond it the caller is told at once. 30 s of work at a slow disk's pace."""
 
 Operation = Callable[[Connection, Sequence[_A]], Sequence[_R]]
-"""Does a group of jobs within a transaction: arguments to results, in order."""
+"""Does a group of jobs within a transaction. Takes their arguments, returns their results in the same order."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,12 +58,12 @@ class _Job:
     future: Future[Any] | asyncio.Future[Any]
 
 
-_OF_ONE_JOB = (BzstreamError, DataError, IntegrityError)
-"""What a job may fail with by its own fault. Everything else is the database's, and fails the transaction."""
+_JOB_ERRORS = (BzstreamError, DataError, IntegrityError)
+"""Errors that a job can cause by itself. Every other error is the database's and fails the whole transaction."""
 
 
-class _Spoiled(Exception):
-    """A job failed in a transaction with others."""
+class _GroupFailed(Exception):
+    """A job failed in a transaction that carries other jobs too."""
 
 
 class Writer:
@@ -71,9 +73,9 @@ class Writer:
         self._database = database
         self._jobs: deque[_Job] = deque()
         self._closed = False
-        self._news = threading.Condition()
-        self._enough = 1
-        """Jobs for which the writer is to be woken."""
+        self._changed = threading.Condition()
+        self._wake_at = 1
+        """The number of waiting jobs at which the writer is woken."""
         self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
         self._thread.start()
 
@@ -90,22 +92,22 @@ class Writer:
         return future
 
     def close(self) -> None:
-        """Finish what waits, then stop."""
+        """Do the jobs that wait, then stop the thread."""
         if not self._closed:
-            with self._news:
+            with self._changed:
                 self._closed = True
-                self._news.notify()
+                self._changed.notify()
             self._thread.join()
 
     def _put(self, job: _Job) -> None:
-        with self._news:
+        with self._changed:
             if self._closed:
                 raise LedgerUnavailable("the ledger is closed")
             if len(self._jobs) >= MAX_WAITING:
                 raise LedgerUnavailable(f"{MAX_WAITING} writes wait for the ledger's disk already; try again later")
             self._jobs.append(job)
-            if self._is_enough():
-                self._news.notify()
+            if self._has_enough():
+                self._changed.notify()
 
     def _run(self) -> None:
         jobs = self._take(1, 0.0)
@@ -114,20 +116,20 @@ class Writer:
             _deliver(jobs, self._do(jobs))
             jobs = self._take(len(jobs), next_turn - time.monotonic())
 
-    def _take(self, enough: int, patience: float) -> Sequence[_Job]:
-        """The jobs of the next transaction, once there are `enough`, or any after `patience` seconds.
+    def _take(self, wake_at: int, patience: float) -> Sequence[_Job]:
+        """The jobs of the next transaction: once `wake_at` wait, or as many as there are after `patience` seconds.
 
         Empty when the writer was closed and everything is done.
         """
-        with self._news:
-            self._enough = enough
-            self._news.wait_for(self._is_enough, max(0.0, patience))
-            self._enough = 1
-            self._news.wait_for(self._is_enough)
+        with self._changed:
+            self._wake_at = wake_at
+            self._changed.wait_for(self._has_enough, max(0.0, patience))
+            self._wake_at = 1
+            self._changed.wait_for(self._has_enough)
             return [self._jobs.popleft() for _ in range(min(len(self._jobs), MAX_BATCH))]
 
-    def _is_enough(self) -> bool:
-        return len(self._jobs) >= self._enough or self._closed
+    def _has_enough(self) -> bool:
+        return len(self._jobs) >= self._wake_at or self._closed
 
     def _do(self, jobs: Sequence[_Job]) -> Sequence[Any]:
         """The result of each job, or the exception that it ended with."""
@@ -138,33 +140,33 @@ class Writer:
         try:
             try:
                 with self._database.write() as connection:
-                    return [result for group in groups for result in _plainly(connection, *group)]
-            except _Spoiled:
+                    return [result for group in groups for result in _run_group(connection, *group)]
+            except _GroupFailed:
                 with self._database.write() as connection:
-                    return [result for group in groups for result in _together(connection, *group)]
+                    return [result for group in groups for result in _run_savepoint(connection, *group)]
         except Exception as error:
             if not isinstance(error, BzstreamError):
                 error = LedgerUnavailable(f"the ledger failed: {type(error).__name__}: {error}")
             return [error] * len(jobs)
 
 
-def _plainly(connection: Connection, operation: Operation[Any, Any], arguments: list[Any]) -> Sequence[Any]:
-    """The results of a group. Raises _Spoiled when one of its jobs fails."""
+def _run_group(connection: Connection, operation: Operation[Any, Any], arguments: list[Any]) -> Sequence[Any]:
+    """The results of a group. Raises _GroupFailed when one of its jobs fails."""
     try:
         return operation(connection, arguments)
-    except _OF_ONE_JOB as error:
-        raise _Spoiled from error
+    except _JOB_ERRORS as error:
+        raise _GroupFailed from error
 
 
-def _together(connection: Connection, operation: Operation[Any, Any], arguments: list[Any]) -> Sequence[Any]:
-    """The results of a group; when it fails, of each of its members alone, so that one cannot fail the others."""
+def _run_savepoint(connection: Connection, operation: Operation[Any, Any], arguments: list[Any]) -> Sequence[Any]:
+    """The results of a group, in a savepoint; when it fails, of each of its jobs in a savepoint of its own."""
     try:
         with connection.begin_nested():
             return operation(connection, arguments)
-    except _OF_ONE_JOB as error:
+    except _JOB_ERRORS as error:
         if len(arguments) == 1:
             return [error if isinstance(error, BzstreamError) else LedgerError(f"the ledger refuses it: {error.orig}")]
-    return [result for argument in arguments for result in _together(connection, operation, [argument])]
+    return [result for argument in arguments for result in _run_savepoint(connection, operation, [argument])]
 
 
 def _deliver(jobs: Sequence[_Job], results: Sequence[Any]) -> None:
@@ -174,22 +176,11 @@ def _deliver(jobs: Sequence[_Job], results: Sequence[Any]) -> None:
         if isinstance(job.future, asyncio.Future):
             loops[job.future.get_loop()].append((job.future, result))
         else:
-            _settle(job.future, result)
+            settle(job.future, result)
     for loop, settled in loops.items():
-        try:
-            loop.call_soon_threadsafe(_settle_all, settled)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            pass
+        call_in_loop(loop, _settle_all, settled)
 
 
 def _settle_all(settled: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
     for future, result in settled:
-        if not future.done():  # cancelled
-            _settle(future, result)
-
-
-def _settle(future: Future[Any] | asyncio.Future[Any], result: Any) -> None:
-    if isinstance(result, BaseException):
-        future.set_exception(result)
-    else:
-        future.set_result(result)
+        settle(future, result)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from bzstream.chain.role import HEARTBEAT_S, Mailbox, run
+from bzstream.chain.role import HEARTBEAT_S, StateWriter, run
 from bzstream.chain.state import ChainState
 from bzstream.config import ChainSettings
 from bzstream.errors import BzstreamError
@@ -80,7 +80,7 @@ async def test_an_unwilling_ledger_is_reported_once_and_gets_the_newest_state(mo
         written.append(state.block)
         done.set()
 
-    mailbox = Mailbox(publish)
+    mailbox = StateWriter(publish)
     with structlog.testing.capture_logs() as logs:
         task = asyncio.create_task(mailbox.deliver())
         mailbox.offer(ChainState(7, 0.0))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bzstream.chain.clock import Cycle
-from bzstream.chain.submitting import RETRY_BLOCKS, WeightSetter
+from bzstream.chain.weight_setter import RETRY_BLOCKS, WeightSetter
 from bzstream.chain.weights import due_round, weights_of
 from tests.submissions.values import in_loop
 

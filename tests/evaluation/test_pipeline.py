@@ -29,8 +29,8 @@ from bzstream.evaluation.judge import Judge
 from bzstream.evaluation.records import Records
 from bzstream.model import publish
 from bzstream.submissions.ledger import Ledger
-from bzstream.submissions.records import Accepted, Candidate, Record, Submission
 from bzstream.submissions.states import FINAL
+from bzstream.submissions.types import Admitted, Candidate, Submission, SubmissionRow
 from tests.evaluation.conftest import BLOCK, GROUPS, Toy
 from tests.evaluation.hostile import BFLOAT16_MAX, FILES, behind_a_dead_unit, honest
 from tests.evaluation.servers import LATER, SERVERS, Server, serving
@@ -56,11 +56,10 @@ class Field:
         )
         self.toy = toy
         self.ledger = Ledger.open(self.where)
-        self.records = Records(self.where)
+        self.records = Records(self.ledger)
         self._hotkeys = 0
 
     def close(self) -> None:
-        self.records.close()
         self.ledger.close()
 
     def at(self, block: int) -> None:
@@ -81,10 +80,10 @@ class Field:
             signed=f"{url}{self._hotkeys}".encode(),
         )
         accepted = self.ledger.accept(Candidate(submission, ROUND, 99))
-        assert isinstance(accepted, Accepted)
+        assert isinstance(accepted, Admitted)
         return accepted.submission_id
 
-    def find(self, submission_id: str) -> Record:
+    def find(self, submission_id: str) -> SubmissionRow:
         record = self.ledger.find(submission_id)
         assert record is not None
         return record
@@ -112,7 +111,7 @@ class Field:
     def all_final(self, names: list[str]) -> Callable[[], bool]:
         return lambda: all(self.find(name).status in FINAL for name in names)
 
-    def run(self, names: list[str], seconds: float = 60) -> list[Record]:
+    def run(self, names: list[str], seconds: float = 60) -> list[SubmissionRow]:
         """Evaluate until all are final."""
 
         async def main() -> None:
@@ -130,7 +129,7 @@ def field(toy: Toy, tmp_path: Path) -> Iterator[Field]:
     made.close()
 
 
-def outcome(record: Record) -> tuple[str, str | None]:
+def outcome(record: SubmissionRow) -> tuple[str, str | None]:
     return record.status, record.reason
 
 
@@ -433,12 +432,11 @@ def test_the_signed_hash_gives_precedence_to_its_author_whoever_was_scored_first
     assert outcome(record) == ("scored", None)
     held = field.ledger.advance(held, "verifying", content_hash=_hash(server.files["honest"]))
     held = field.ledger.advance(held, "evaluating", model_version="step_1000")
-    with contextlib.closing(Records(field.where)) as records:
-        evaluation = records.find(thief)
-        assert evaluation is not None
-        prints = records.fingerprints(ROUND, 1)[thief]
-        records.write(msgspec.structs.replace(evaluation, submission_id=author, weights="other"), prints[1])
-        field.ledger.advance(held, "scored", baseline_loss=1.0, loss=0.5, score=0.5)
+    evaluation = field.records.find(thief)
+    assert evaluation is not None
+    prints = field.records.fingerprints(ROUND, 1)[thief]
+    field.records.write(msgspec.structs.replace(evaluation, submission_id=author, weights="other"), prints[1])
+    field.ledger.advance(held, "scored", baseline_loss=1.0, loss=0.5, score=0.5)
 
     async def restart() -> None:  # the evaluator that scored the last one died before it compared them
         async with field.evaluating() as task:

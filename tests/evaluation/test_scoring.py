@@ -31,6 +31,7 @@ from bzstream.evaluation.scoring import (
     score,
     unpack_sketch,
 )
+from bzstream.submissions.ledger import Ledger
 from tests.evaluation.conftest import SEED, Toy
 
 # ---- Windows --------------------------------------------------------------------------------------------------------
@@ -212,14 +213,15 @@ def test_the_record_survives_the_ledger(tmp_path: Path, judge: Judge, honest_ten
         round_=7,
     )
     for _ in range(2):  # written again by whoever evaluates it next
-        records = Records(tmp_path / "ledger.sqlite")
+        ledger = Ledger.open(tmp_path / "ledger.sqlite")
+        records = Records(ledger)
         records.write(verdict.evaluation, verdict.sketch)
         assert records.find("id") == verdict.evaluation
         assert records.find("other") is None
         weights, sketch = records.fingerprints(7, 1)["id"]
         assert weights == verdict.evaluation.weights
         assert sketch == pytest.approx(verdict.sketch)
-        records.close()
+        ledger.close()
 
 
 def test_the_command_line_scores_repeats_and_refuses(toy: Toy, tmp_path: Path) -> None:
@@ -258,19 +260,16 @@ def test_the_command_line_scores_repeats_and_refuses(toy: Toy, tmp_path: Path) -
 
 def _scored(where: Path, evaluation: Evaluation, name: str | None = None) -> str:
     """Put an evaluation into a ledger, as that of a submission."""
-    from bzstream.submissions.ledger import Ledger
-    from bzstream.submissions.records import Accepted, Candidate, Submission
+    from bzstream.submissions.types import Admitted, Candidate, Submission
 
+    ledger = Ledger.open(where)
     if name is None:
-        ledger = Ledger.open(where)
         submission = Submission("5F", 1, "https://miner.example.com/x", 1, None, "", b"{}")
         accepted = ledger.accept(Candidate(submission, 0, 3))
-        assert isinstance(accepted, Accepted)
+        assert isinstance(accepted, Admitted)
         name = accepted.submission_id
-        ledger.close()
-    records = Records(where)
-    records.write(msgspec.structs.replace(evaluation, submission_id=name, round=0), (0.0,))
-    records.close()
+    Records(ledger).write(msgspec.structs.replace(evaluation, submission_id=name, round=0), (0.0,))
+    ledger.close()
     return name
 
 

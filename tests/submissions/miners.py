@@ -13,7 +13,7 @@ import threading
 
 from bzstream.submissions.database import Database
 from bzstream.submissions.ledger import Ledger
-from bzstream.submissions.records import Accepted
+from bzstream.submissions.types import Admitted
 from tests.submissions.values import HOTKEYS, candidate
 
 
@@ -34,7 +34,7 @@ def submit(where: str, first: int, count: int) -> None:
             if block is None:
                 return
             outcome = ledger.accept(candidate(HOTKEYS[block % len(HOTKEYS)], block, limit=10**9))
-            say(f"{block} {outcome.submission_id if isinstance(outcome, Accepted) else '-'}")
+            say(f"{block} {outcome.submission_id if isinstance(outcome, Admitted) else '-'}")
 
     threads = [threading.Thread(target=work) for _ in range(16)]
     for thread in threads:

@@ -17,8 +17,8 @@ from bzstream.chain.clock import Cycle
 from bzstream.chain.keys import Key, canonical_json, encode_signature
 from bzstream.chain.state import ChainState
 from bzstream.config import SubmitSettings
-from bzstream.submissions.intake import Refused, Situation, decide, read_body, refusal_of
-from bzstream.submissions.records import Duplicate, TooMany
+from bzstream.submissions.intake import ChainContext, SubmissionRefused, decide, read_body, refusal_of
+from bzstream.submissions.types import Duplicate, LimitReached
 
 SEED = b"s" * 32
 KEY = Key.from_seed(SEED)
@@ -39,8 +39,8 @@ def body(**changes: object) -> bytes:
     return json.dumps(signed({**FIELDS, **changes})).encode()
 
 
-def refused(raw: bytes, rules: SubmitSettings = RULES) -> Refused:
-    with pytest.raises(Refused) as caught:
+def refused(raw: bytes, rules: SubmitSettings = RULES) -> SubmissionRefused:
+    with pytest.raises(SubmissionRefused) as caught:
         read_body(raw, rules)
     assert caught.value.status == 400
     return caught.value
@@ -188,7 +188,7 @@ def test_no_json_breaks_the_reader(changes: dict[str, object]) -> None:
 
 # --- the moment ---
 
-SITUATION = Situation(
+CONTEXT = ChainContext(
     groups={0, 1},
     chain=ChainState(12540, 1000.0, miners=frozenset({KEY.ss58_address})),
     cycle=Cycle(),
@@ -197,60 +197,60 @@ SITUATION = Situation(
 )
 
 
-def code(situation: Situation, **changes: object) -> tuple[int, str]:
-    with pytest.raises(Refused) as caught:
-        decide(read_body(body(**changes), RULES), situation, RULES)
+def code(context: ChainContext, **changes: object) -> tuple[int, str]:
+    with pytest.raises(SubmissionRefused) as caught:
+        decide(read_body(body(**changes), RULES), context, RULES)
     return caught.value.status, caught.value.code
 
 
-def at_block(block: int) -> Situation:
-    assert SITUATION.chain is not None
-    return replace(SITUATION, chain=replace(SITUATION.chain, block=block))
+def at_block(block: int) -> ChainContext:
+    assert CONTEXT.chain is not None
+    return replace(CONTEXT, chain=replace(CONTEXT.chain, block=block))
 
 
 def test_the_right_moment() -> None:
-    candidate = decide(read_body(body(), RULES), SITUATION, RULES)
+    candidate = decide(read_body(body(), RULES), CONTEXT, RULES)
     assert (candidate.round, candidate.max_per_cycle) == (12520, 3)
     for block in (12180, 12539, 12540):
-        decide(read_body(body(block_number=block), RULES), SITUATION, RULES)
-    decide(read_body(body(), RULES), replace(SITUATION, identities=(KEY.ss58_address,)), RULES)
+        decide(read_body(body(block_number=block), RULES), CONTEXT, RULES)
+    decide(read_body(body(), RULES), replace(CONTEXT, identities=(KEY.ss58_address,)), RULES)
 
 
 def test_each_refusal_comes_in_the_contracts_order() -> None:
     """Everything is wrong at once; then one thing after the other is put right."""
-    assert SITUATION.chain is not None
+    assert CONTEXT.chain is not None
     wrong: dict[str, object] = {"expert_group": 2, "block_number": 12541}
-    nobody = replace(SITUATION.chain, miners=frozenset(), block=12345)
-    situation = replace(SITUATION, groups=None, chain=None, identities=("5other",))
-    assert code(situation, **wrong) == (503, "model_not_loaded")
-    situation = replace(situation, groups={0, 1})
-    assert code(situation, **wrong) == (503, "chain_unknown")
-    situation = replace(situation, chain=nobody, now=1060.1)
-    assert code(situation, **wrong) == (503, "chain_stale")
-    situation = replace(situation, now=1060.0)
-    assert code(situation, **wrong) == (400, "unknown_expert_group")
+    nobody = replace(CONTEXT.chain, miners=frozenset(), block=12345)
+    context = replace(CONTEXT, groups=None, chain=None, identities=("5other",))
+    assert code(context, **wrong) == (503, "model_not_loaded")
+    context = replace(context, groups={0, 1})
+    assert code(context, **wrong) == (503, "chain_unknown")
+    context = replace(context, chain=nobody, now=1060.1)
+    assert code(context, **wrong) == (503, "chain_stale")
+    context = replace(context, now=1060.0)
+    assert code(context, **wrong) == (400, "unknown_expert_group")
     del wrong["expert_group"]
-    assert code(situation, **wrong) == (423, "not_in_submit_phase")
-    situation = replace(situation, chain=replace(nobody, block=12540))
-    assert code(situation, **wrong) == (400, "block_number_out_of_cycle")
-    assert code(situation) == (403, "hotkey_mismatch")
-    situation = replace(situation, identities=())
-    assert code(situation) == (403, "hotkey_not_registered")
-    assert decide(read_body(body(), RULES), replace(situation, chain=SITUATION.chain), RULES)
+    assert code(context, **wrong) == (423, "not_in_submit_phase")
+    context = replace(context, chain=replace(nobody, block=12540))
+    assert code(context, **wrong) == (400, "block_number_out_of_cycle")
+    assert code(context) == (403, "hotkey_mismatch")
+    context = replace(context, identities=())
+    assert code(context) == (403, "hotkey_not_registered")
+    assert decide(read_body(body(), RULES), replace(context, chain=CONTEXT.chain), RULES)
 
 
 @pytest.mark.parametrize(("block", "blocks"), [(12519, "1 blocks"), (12180, "340 blocks"), (12600, "340 blocks")])
 def test_out_of_phase_says_how_long(block: int, blocks: str) -> None:
-    with pytest.raises(Refused, match=blocks):
+    with pytest.raises(SubmissionRefused, match=blocks):
         decide(read_body(body(), RULES), at_block(block), RULES)
 
 
 @pytest.mark.parametrize("block", [12179, 12541, 0, 2**53 - 1])
 def test_blocks_of_other_cycles_and_of_the_future_are_refused(block: int) -> None:
-    assert code(SITUATION, block_number=block) == (400, "block_number_out_of_cycle")
+    assert code(CONTEXT, block_number=block) == (400, "block_number_out_of_cycle")
 
 
 def test_the_ledgers_refusals_have_their_codes() -> None:
-    duplicate, many = refusal_of(Duplicate(None), retry_after=9), refusal_of(TooMany(3), retry_after=9)
+    duplicate, many = refusal_of(Duplicate(None), retry_after=9), refusal_of(LimitReached(3), retry_after=9)
     assert (duplicate.status, duplicate.code, duplicate.retry_after) == (409, "duplicate_submission", None)
     assert (many.status, many.code, many.retry_after) == (429, "too_many_submissions", 9)

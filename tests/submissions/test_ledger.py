@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import sqlite3
 import stat
@@ -19,10 +20,19 @@ from sqlalchemy import Connection, text
 
 from bzstream.chain.round_base import RoundBase
 from bzstream.chain.state import ChainState
-from bzstream.submissions.accepting import Acceptance
+from bzstream.submissions.admission import Admission
 from bzstream.submissions.database import Database, LedgerUnavailable
 from bzstream.submissions.ledger import AsyncLedger, LeaseLost, Ledger, LedgerError
-from bzstream.submissions.records import Accepted, Candidate, Duplicate, Job, Outcome, Record, TooMany
+from bzstream.submissions.types import (
+    AdmissionResult,
+    Admitted,
+    Candidate,
+    Duplicate,
+    EvaluationRow,
+    Job,
+    LimitReached,
+    SubmissionRow,
+)
 from tests.submissions.values import HOTKEYS, ROUND, accepted, candidate, in_loop
 
 
@@ -34,7 +44,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def find(ledger: Ledger, submission_id: str) -> Record:
+def find(ledger: Ledger, submission_id: str) -> SubmissionRow:
     record = ledger.find(submission_id)
     assert record is not None
     return record
@@ -64,7 +74,7 @@ def test_a_hotkey_and_block_are_taken_for_ever(ledger: Ledger, where: str) -> No
 
 def test_a_cycle_has_its_limit_for_each_hotkey(ledger: Ledger) -> None:
     ids = [accepted(ledger.accept(candidate(block=block, limit=2))) for block in (1, 2)]
-    assert ledger.accept(candidate(block=3, limit=2)) == TooMany(2)
+    assert ledger.accept(candidate(block=3, limit=2)) == LimitReached(2)
     assert ledger.accept(candidate(block=2, limit=2)) == Duplicate(ids[1])  # 409 comes before 429
     accepted(ledger.accept(candidate(HOTKEYS[1], block=3, limit=2)))
     accepted(ledger.accept(candidate(block=3, round_=ROUND + 420, limit=2)))
@@ -85,23 +95,23 @@ def test_the_last_of_a_cycle_counts(ledger: Ledger) -> None:
 def test_many_at_once_are_decided_as_if_one_came_after_the_other(ledger: Ledger) -> None:
     group = [*(candidate(block=block, limit=2) for block in (1, 1, 2, 3)), candidate(HOTKEYS[1], block=1)]
 
-    def together(connection: Connection, groups: Sequence[Sequence[Candidate]]) -> Sequence[Sequence[Outcome]]:
-        return [Acceptance()(connection, group) for group in groups]
+    def together(connection: Connection, groups: Sequence[Sequence[Candidate]]) -> Sequence[Sequence[AdmissionResult]]:
+        return [Admission()(connection, group) for group in groups]
 
     outcomes = ledger._writer.call(together, group)
     first, second, other = accepted(outcomes[0]), accepted(outcomes[2]), accepted(outcomes[4])
     assert outcomes[1] == Duplicate(first)
-    assert outcomes[3] == TooMany(2)
+    assert outcomes[3] == LimitReached(2)
     assert [find(ledger, i).reason for i in (first, second, other)] == ["superseded", None, None]
 
 
 def test_the_estimate_counts_the_seed_the_queue_and_past_evaluations(ledger: Ledger) -> None:
     outcomes = [ledger.accept(candidate(hotkey)) for hotkey in HOTKEYS[:3]]
-    assert [outcome.ahead for outcome in outcomes if isinstance(outcome, Accepted)] == [0, 1, 2]
-    fast = Accepted("id", ahead=9, lanes=2, seconds=6.0)
+    assert [outcome.ahead for outcome in outcomes if isinstance(outcome, Admitted)] == [0, 1, 2]
+    fast = Admitted("id", ahead=9, evaluators=2, mean_seconds=6.0)
     assert fast.eta_blocks(blocks_to_seed=70, block_s=12.0) == 70 + 3  # (9 / 2 + 1) * 6 s = 33 s
-    assert Accepted("id", 0, 1, None).eta_blocks(blocks_to_seed=1, block_s=12.0) == 2
-    assert Accepted("id", 0, 1, 0.0).eta_blocks(blocks_to_seed=0, block_s=12.0) == 1
+    assert Admitted("id", 0, 1, None).eta_blocks(blocks_to_seed=1, block_s=12.0) == 2
+    assert Admitted("id", 0, 1, 0.0).eta_blocks(blocks_to_seed=0, block_s=12.0) == 1
 
 
 @pytest.mark.parametrize("where", ["sqlite", "postgresql"], indirect=True)
@@ -113,7 +123,7 @@ def test_racing_threads_and_ledgers_get_exactly_one(where: str) -> None:
     def race(number: int) -> list[str]:
         start.wait()
         outcomes = [ledgers[number % 2].accept(candidate(block=block, limit=100)) for block in range(8)]
-        return [outcome.submission_id for outcome in outcomes if isinstance(outcome, Accepted)]
+        return [outcome.submission_id for outcome in outcomes if isinstance(outcome, Admitted)]
 
     with ThreadPoolExecutor(16) as pool:
         won = [submission_id for ids in pool.map(race, range(16)) for submission_id in ids]
@@ -155,7 +165,7 @@ async def test_a_cancelled_caller_disturbs_nobody(where: str) -> None:
     tasks[3].cancel()
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(outcomes[3], asyncio.CancelledError)
-    assert sum(isinstance(outcome, Accepted) for outcome in outcomes) == 7
+    assert sum(isinstance(outcome, Admitted) for outcome in outcomes) == 7
     await asyncio.to_thread(ledger.close)
 
 
@@ -165,9 +175,9 @@ async def test_one_that_the_database_refuses_fails_alone(where: str) -> None:
     ledger = AsyncLedger.open(where)
     group = [candidate(HOTKEYS[0]), candidate(HOTKEYS[1], url="https://x.example/\0"), candidate(HOTKEYS[2])]
     outcomes = await asyncio.gather(*map(ledger.accept, group), return_exceptions=True)
-    assert isinstance(outcomes[0], Accepted)
-    assert isinstance(outcomes[2], Accepted)
-    assert isinstance(outcomes[1], LedgerError if "postgresql" in where else Accepted)
+    assert isinstance(outcomes[0], Admitted)
+    assert isinstance(outcomes[2], Admitted)
+    assert isinstance(outcomes[1], LedgerError if "postgresql" in where else Admitted)
     assert await ledger.find("\0") is None
     await asyncio.to_thread(ledger.close)
 
@@ -441,7 +451,7 @@ def test_an_evaluator_shows_that_it_lives(ledger: Ledger, where: str) -> None:
 
     assert asyncio.run(age()) is None
     for worker in ("one", "two", "one"):
-        ledger.beat(worker)
+        ledger.heartbeat(worker)
     seconds = asyncio.run(age())
     assert seconds is not None
     assert 0 <= seconds < 60
@@ -455,3 +465,12 @@ def test_the_base_of_a_round_is_written_once(ledger: Ledger, where: str) -> None
     assert ledger.round_base(ROUND - 420) is None
     with contextlib.closing(Ledger.open(where)) as again:
         assert again.round_base(ROUND) == "step_1000"
+
+
+def test_an_evaluation_is_kept_in_place_of_an_earlier_one(ledger: Ledger) -> None:
+    rows = [EvaluationRow("a", ROUND, 1, weights, "sketch", f"record of {weights}") for weights in ("old", "new")]
+    for row in (*rows, EvaluationRow("b", ROUND, 2, "other", "", ""), EvaluationRow("c", ROUND + 420, 1, "", "", "")):
+        ledger.write_evaluation(row)
+    assert ledger.evaluation("a") == rows[1]
+    assert ledger.evaluation("d") is None
+    assert ledger.evaluations(ROUND, 1) == [dataclasses.replace(rows[1], record="")]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import Connection, insert, inspect, select, text
 
-from bzstream.evaluation.records import Records
-from bzstream.submissions.accepting import Acceptance
+from bzstream.submissions.admission import Admission
 from bzstream.submissions.database import Database
 from bzstream.submissions.ledger import Ledger, LedgerError
-from bzstream.submissions.records import Duplicate
 from bzstream.submissions.schema import MIGRATIONS, evaluations, migrate
+from bzstream.submissions.types import Duplicate
 from tests.submissions.values import ROUND, accepted, candidate
 
 
@@ -49,7 +48,7 @@ def test_a_ledger_of_version_1_is_brought_up_with_all_that_it_holds(where: str, 
     database = Database(where)
     with database.write() as connection:
         migrate(connection, MIGRATIONS[:1])
-        submission_id = accepted(Acceptance()(connection, [candidate()])[0])
+        submission_id = accepted(Admission()(connection, [candidate()])[0])
         for statement in VERSION_1_EVALUATIONS if evaluated else ():
             connection.execute(text(statement))
         if evaluated:
@@ -67,15 +66,4 @@ def test_a_ledger_of_version_1_is_brought_up_with_all_that_it_holds(where: str, 
         assert connection.execute(select(evaluations.c.submission_id)).scalars().all() == [submission_id] * evaluated
         indexes = {index["name"] for index in inspect(connection).get_indexes("evaluations")}
     assert "evaluations_of_a_round" in indexes
-    database.close()
-
-
-def test_a_ledger_of_version_1_is_brought_up_by_its_evaluator_too(where: str) -> None:
-    database = Database(where)
-    with database.write() as connection:
-        migrate(connection, MIGRATIONS[:1])
-    records = Records(where)
-    assert records.fingerprints(ROUND, 0) == {}
-    records.close()
-    assert version_of(database) == len(MIGRATIONS)
     database.close()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec
 
 from bzstream.chain.keys import Key, canonical_json
-from bzstream.submissions.records import Accepted, Candidate, Outcome, Submission
+from bzstream.submissions.types import AdmissionResult, Admitted, Candidate, Submission
 
 ROUND = 12520
 HOTKEYS = [Key.from_seed(bytes([number]) * 32).ss58_address for number in range(16)]
@@ -31,9 +31,9 @@ def candidate(
     return Candidate(Submission(hotkey, 0, url, block, checkpoint_hash, "c2ln", signed), round_, limit)
 
 
-def accepted(outcome: Outcome) -> str:
+def accepted(outcome: AdmissionResult) -> str:
     """The id of what must have been accepted."""
-    assert isinstance(outcome, Accepted), outcome
+    assert isinstance(outcome, Admitted), outcome
     return outcome.submission_id
 
 

@@ -17,7 +17,7 @@ from bzstream.chain.clock import Cycle
 from bzstream.chain.keys import Key
 from bzstream.chain.weights import Scored, due_round, weights_of
 
-__all__ = ["RoundBook", "RoundResults", "WeightSetter", "submit_weights"]
+__all__ = ["RoundLedger", "RoundResults", "WeightSetter", "submit_weights"]
 
 RETRY_BLOCKS = 5
 """Blocks between two attempts: a minute, in which a full transaction pool or a node empties."""
@@ -35,7 +35,7 @@ class RoundResults(Protocol):
     def results(self) -> Sequence[Scored]: ...
 
 
-class RoundBook(Protocol):
+class RoundLedger(Protocol):
     """What the ledger knows of rounds."""
 
     async def scores(self, round_: int, /) -> RoundResults | None: ...
@@ -50,7 +50,7 @@ Submit = Callable[[Mapping[str, float]], Awaitable[None]]
 class WeightSetter:
     """Decides at each block whether an attempt is due, and makes it."""
 
-    def __init__(self, book: RoundBook, cycle: Cycle, top_k: int) -> None:
+    def __init__(self, book: RoundLedger, cycle: Cycle, top_k: int) -> None:
         self._book = book
         self._cycle = cycle
         self._top_k = top_k

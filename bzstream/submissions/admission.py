@@ -1,7 +1,8 @@
 """Accepting submissions: what the database is asked, the decision, and what is written, for many at once.
 
-The middle, `decide_all`, is pure. It runs inside a transaction that holds the writers' lock, so that what it was told
-about the ledger is still true when its decision is written: (hotkey, block_number) is taken once, whoever races.
+The ledger's writer thread calls `Admission` with the submissions that wait. The decision itself, `decide_all`, is pure.
+It runs inside a transaction that holds the writers' lock, so that what it read of the ledger is still true when its
+decision is written: (hotkey, block_number) is accepted once, whatever else runs at the same time.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, bindparam, func, insert, literal_column, null, or_, select, union_all, update
 
-from bzstream.submissions.records import Accepted, Candidate, Duplicate, Outcome, TooMany
 from bzstream.submissions.schema import db_now, submissions
-from bzstream.submissions.states import FINAL, STATUSES, WORKING, sources
+from bzstream.submissions.states import LEASED, UNFINISHED, predecessors
+from bzstream.submissions.types import AdmissionResult, Admitted, Candidate, Duplicate, LimitReached
 
-__all__ = ["Acceptance", "Decision", "Known", "decide_all"]
+__all__ = ["Admission", "Decision", "Known", "decide_all"]
 
 _HISTORY = 32
 """Evaluations that the estimate's mean is taken over: about one round of a small subnet."""
-_PACE_S = 1.0
-"""Seconds that a look at the queue and the history stays good for estimates: counting is linear in the queue."""
+_LOAD_S = 1.0
+"""Seconds for which the measured load of the queue is used for estimates: counting takes time linear in the queue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Known:
 class Decision:
     """Verdicts in the order of the candidates: an id for what is accepted, else the refusal."""
 
-    verdicts: Sequence[str | Duplicate | TooMany]
+    verdicts: Sequence[str | Duplicate | LimitReached]
     superseding: Sequence[tuple[str, int, str]]
     """(hotkey, round, submission_id that counts now) where there were earlier ones."""
 
@@ -48,10 +49,10 @@ class Decision:
 def decide_all(candidates: Sequence[Candidate], known: Known, new_ids: Sequence[str]) -> Decision:
     """Decide candidates one after the other, as if each had come alone. Pure.
 
-    409 comes before 429: whoever sends the same submission again learns its id even when the cycle's limit is reached.
+    409 comes before 429: a miner that sends the same submission again learns its id even when the limit is reached.
     """
     taken, counts = dict(known.taken), dict(known.counts)
-    verdicts: list[str | Duplicate | TooMany] = []
+    verdicts: list[str | Duplicate | LimitReached] = []
     counting: dict[tuple[str, int], str] = {}
     for candidate, new_id in zip(candidates, new_ids, strict=True):
         submission = candidate.submission
@@ -60,7 +61,7 @@ def decide_all(candidates: Sequence[Candidate], known: Known, new_ids: Sequence[
             submission_id, digest = taken[place]
             verdicts.append(Duplicate(submission_id if digest == submission.digest else None))
         elif counts.get(cycle, 0) >= candidate.max_per_cycle:
-            verdicts.append(TooMany(candidate.max_per_cycle))
+            verdicts.append(LimitReached(candidate.max_per_cycle))
         else:
             taken[place] = (new_id, submission.digest)
             counts[cycle] = counts.get(cycle, 0) + 1
@@ -72,22 +73,22 @@ def decide_all(candidates: Sequence[Candidate], known: Known, new_ids: Sequence[
     return Decision(verdicts, superseding)
 
 
-class Acceptance:
-    """The operation that the writer runs for waiting submissions; it remembers the queue's pace between batches."""
+class Admission:
+    """The operation that the writer runs for waiting submissions. Keeps the measured load of the queue for a second."""
 
     def __init__(self) -> None:
-        self._pace = _Pace(0, 1, None)
-        self._pace_until = 0.0
+        self._load = _QueueLoad(0, 1, None)
+        self._load_until = 0.0
 
-    def __call__(self, connection: Connection, candidates: Sequence[Candidate]) -> Sequence[Outcome]:
+    def __call__(self, connection: Connection, candidates: Sequence[Candidate]) -> Sequence[AdmissionResult]:
         """Decide the candidates and write down what is accepted. The connection holds the writers' lock."""
         decision = decide_all(candidates, _known(connection, candidates), [str(uuid.uuid4()) for _ in candidates])
-        outcomes: list[Outcome] = []
+        outcomes: list[AdmissionResult] = []
         rows: list[dict[str, object]] = []
         for candidate, verdict in zip(candidates, decision.verdicts, strict=True):
             if isinstance(verdict, str):
-                pace = self._next_pace(connection)
-                outcomes.append(Accepted(verdict, pace.ahead, pace.lanes, pace.seconds))
+                load = self._next_load(connection)
+                outcomes.append(Admitted(verdict, load.ahead, load.evaluators, load.mean_seconds))
                 rows.append(_row(candidate, verdict))
             else:
                 outcomes.append(verdict)
@@ -97,24 +98,24 @@ class Acceptance:
             connection.execute(_SUPERSEDE, [dict(zip(_BY, values, strict=True)) for values in decision.superseding])
         return outcomes
 
-    def _next_pace(self, connection: Connection) -> _Pace:
+    def _next_load(self, connection: Connection) -> _QueueLoad:
         now = time.monotonic()
-        if now >= self._pace_until:
-            self._pace = _Pace(
+        if now >= self._load_until:
+            self._load = _QueueLoad(
                 connection.execute(_UNFINISHED).scalar_one(),
-                max(1, connection.execute(_LANES).scalar_one()),
-                connection.execute(_SECONDS).scalar_one(),
+                max(1, connection.execute(_EVALUATORS).scalar_one()),
+                connection.execute(_MEAN_SECONDS).scalar_one(),
             )
-            self._pace_until = now + _PACE_S
-        pace = self._pace
-        self._pace = _Pace(pace.ahead + 1, pace.lanes, pace.seconds)
-        return pace
+            self._load_until = now + _LOAD_S
+        load = self._load
+        self._load = _QueueLoad(load.ahead + 1, load.evaluators, load.mean_seconds)
+        return load
 
 
-class _Pace(NamedTuple):
+class _QueueLoad(NamedTuple):
     ahead: int
-    lanes: int
-    seconds: float | None
+    evaluators: int
+    mean_seconds: float | None
 
 
 def _known(connection: Connection, candidates: Sequence[Candidate]) -> Known:
@@ -174,15 +175,15 @@ _SUPERSEDE = (
         _table.hotkey == bindparam("of_hotkey"),
         _table.round == bindparam("of_round"),
         _table.submission_id != bindparam("by"),
-        or_(*(_table.status == status for status in sources("rejected"))),  # executemany takes no list
+        or_(*(_table.status == status for status in predecessors("rejected"))),  # executemany takes no list
     )
     .values(
         status="rejected", reason="superseded", score=0.0, finished_at=db_now(), lease_token=None, lease_expires=None
     )
 )
-_UNFINISHED = select(func.count()).where(_table.status.in_([status for status in STATUSES if status not in FINAL]))
-_LANES = select(func.count(_table.worker.distinct())).where(
-    _table.status.in_(sorted(WORKING)), _table.lease_expires > db_now()
+_UNFINISHED = select(func.count()).where(_table.status.in_(UNFINISHED))
+_EVALUATORS = select(func.count(_table.worker.distinct())).where(
+    _table.status.in_(sorted(LEASED)), _table.lease_expires > db_now()
 )
 _recent = (
     select((_table.finished_at - _table.evaluating_at).label("seconds"))
@@ -191,4 +192,4 @@ _recent = (
     .limit(_HISTORY)
     .subquery()
 )
-_SECONDS = select(func.avg(literal_column("seconds"))).select_from(_recent)
+_MEAN_SECONDS = select(func.avg(literal_column("seconds"))).select_from(_recent)

@@ -1,4 +1,4 @@
-"""The plain values that intake, ledger and evaluation hand to each other."""
+"""The plain values that intake, the ledger and the evaluator hand to each other. Immutable; any thread."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from dataclasses import dataclass
 
 from bzstream.submissions.states import Status
 
-__all__ = ["Accepted", "Candidate", "Duplicate", "Job", "Outcome", "Record", "RoundScores", "Submission", "TooMany"]
+__all__ = [
+    "AdmissionResult",
+    "Admitted",
+    "Candidate",
+    "Duplicate",
+    "EvaluationRow",
+    "Job",
+    "LimitReached",
+    "RoundScores",
+    "Submission",
+    "SubmissionRow",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +54,15 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Accepted:
+class Admitted:
     """The submission is durable and queued."""
 
     submission_id: str
     ahead: int
     """Unfinished submissions before it."""
-    lanes: int
+    evaluators: int
     """Evaluators at work, at least 1."""
-    seconds: float | None
+    mean_seconds: float | None
     """Mean seconds of recent evaluations; None without history."""
 
     def eta_blocks(self, *, blocks_to_seed: int, block_s: float) -> int:
@@ -59,8 +70,8 @@ class Accepted:
 
         Without history an evaluation counts as one block. At least 1.
         """
-        seconds = block_s if self.seconds is None else self.seconds
-        return max(1, blocks_to_seed + math.ceil((self.ahead / self.lanes + 1) * seconds / block_s))
+        seconds = block_s if self.mean_seconds is None else self.mean_seconds
+        return max(1, blocks_to_seed + math.ceil((self.ahead / self.evaluators + 1) * seconds / block_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +82,17 @@ class Duplicate:
 
 
 @dataclass(frozen=True, slots=True)
-class TooMany:
+class LimitReached:
     """The hotkey has had `limit` submissions accepted in this cycle."""
 
     limit: int
 
 
-Outcome = Accepted | Duplicate | TooMany
+AdmissionResult = Admitted | Duplicate | LimitReached
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class SubmissionRow:
     """A submission as the ledger holds it. Times are seconds since the epoch by the database's clock."""
 
     submission_id: str
@@ -120,9 +131,23 @@ class Record:
 class Job:
     """A claimed submission: the record as it was when claimed or last advanced, and the lease's token."""
 
-    record: Record
+    record: SubmissionRow
     token: str
-    """Every change is conditional on it, so that whoever lost the lease can change nothing."""
+    """Every change is conditional on it, so that an evaluator that lost the lease can change nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationRow:
+    """What is kept of one evaluation. The ledger stores the texts and does not read them."""
+
+    submission_id: str
+    round: int
+    expert_group: int
+    weights: str
+    """Hash of the evaluated weights."""
+    sketch: str
+    record: str
+    """JSON: the whole evaluation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,4 +156,4 @@ class RoundScores:
 
     round: int
     model_version: str | None
-    results: tuple[Record, ...]
+    results: tuple[SubmissionRow, ...]
