@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "submissions": {"chain", "config", "errors", "util"},
     "swarm": FOUNDATION | {"chain", "httpclient", "model"},
     "client": FOUNDATION | {"chain", "httpclient"},
-    "evaluation": FOUNDATION | {"client", "chain", "httpclient", "model", "submissions"},
+    "evaluation": FOUNDATION | {"chain", "httpclient", "model", "submissions"},
     "dashboard": FOUNDATION | {"chain", "http", "submissions"},
     "api": FOUNDATION | {"chain", "dashboard", "http", "model", "submissions"},
     "node": FOUNDATION | {"api", "chain", "evaluation", "http", "logs", "model", "submissions", "swarm"},

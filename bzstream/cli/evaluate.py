@@ -62,11 +62,11 @@ def _evaluate(
 
     from bzstream.evaluation.codes import EvaluationError
     from bzstream.evaluation.data import require_data
-    from bzstream.evaluation.fetch import hash_file
     from bzstream.evaluation.published import Published
     from bzstream.evaluation.role import spool_folder
     from bzstream.evaluation.sandbox import Reader
     from bzstream.model import SnapshotCache
+    from bzstream.util.files import hash_file
 
     require_data(settings.evaluation.data)
     began = time.monotonic()

@@ -32,7 +32,7 @@ from bzstream.chain.clock import Cycle
 from bzstream.chain.state import ChainState
 from bzstream.config import Settings
 from bzstream.evaluation.codes import EvaluationError, Failure, ModelClosed, Refusal
-from bzstream.evaluation.fetch import CancelledFetch
+from bzstream.evaluation.fetching import CancelledFetch
 from bzstream.evaluation.precedence import has_twin, settle_copies
 from bzstream.evaluation.published import Part, Published
 from bzstream.evaluation.records import Records

@@ -9,11 +9,11 @@ import msgspec
 
 from bzstream.config import Settings
 from bzstream.evaluation.codes import EvaluationError
-from bzstream.evaluation.dial import Dialer
-from bzstream.evaluation.fetch import Limits, fetch, hash_file
+from bzstream.evaluation.fetching import Limits, SafeConnector, fetch
 from bzstream.evaluation.records import Evaluation
 from bzstream.evaluation.role import spool_folder
 from bzstream.submissions.types import SubmissionRow
+from bzstream.util.files import hash_file
 
 __all__ = ["compare", "find_file", "settings_of"]
 
@@ -34,7 +34,7 @@ def find_file(settings: Settings, record: SubmissionRow, kept: Evaluation, scrat
         connections=settings.evaluation.fetch_connections,
     )
     path = scratch / "checkpoint"
-    fetched = fetch(record.checkpoint_url, path, limits, Dialer(settings.submit), cancelled=threading.Event())
+    fetched = fetch(record.checkpoint_url, path, limits, SafeConnector(settings.submit), cancelled=threading.Event())
     if f"sha256:{fetched.sha256}" != kept.file_hash:
         raise EvaluationError("the miner's URL no longer gives the file that was evaluated; pass the file itself")
     return path

@@ -13,7 +13,7 @@ import structlog
 
 from bzstream.config import Settings
 from bzstream.evaluation.data import require_data
-from bzstream.evaluation.dial import Dialer
+from bzstream.evaluation.fetching import SafeConnector
 from bzstream.evaluation.pipeline import Pipeline
 from bzstream.evaluation.published import Published
 from bzstream.evaluation.records import Records
@@ -56,7 +56,7 @@ async def run(settings: Settings, store: Path, *, device: str | None, stop: asyn
                 ledger=ledger,
                 records=Records(ledger),
                 library=library,
-                tools=Tools(evaluation, spool, Dialer(settings.submit), reader),
+                tools=Tools(evaluation, spool, SafeConnector(settings.submit), reader),
                 make_judge=partial(_make_judge, settings, store, device),
                 name=name,
             ).run(stop)

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from bzstream.config import EvaluationSettings
 from bzstream.evaluation.codes import Failure
-from bzstream.evaluation.dial import Dialer
-from bzstream.evaluation.fetch import CancelledFetch, Limits, fetch, hash_file
+from bzstream.evaluation.fetching import CancelledFetch, Limits, SafeConnector, fetch
 from bzstream.evaluation.ptfile import Stored
 from bzstream.evaluation.published import Part, Published
 from bzstream.evaluation.readers import largest_file
 from bzstream.evaluation.sandbox import Reader
 from bzstream.evaluation.spool import Spool, SpoolEntry
 from bzstream.submissions.types import Job, SubmissionRow
+from bzstream.util.files import hash_file
 
 if TYPE_CHECKING:
     from bzstream.evaluation.judge import Judge
@@ -68,10 +68,10 @@ class Work:
 class Tools:
     """What the steps work with; shared by all threads."""
 
-    def __init__(self, settings: EvaluationSettings, spool: Spool, dialer: Dialer, reader: Reader) -> None:
+    def __init__(self, settings: EvaluationSettings, spool: Spool, connector: SafeConnector, reader: Reader) -> None:
         self.settings = settings
         self.spool = spool
-        self.dialer = dialer
+        self.connector = connector
         self.reader = reader
 
     def fetch(self, work: Work, part: Part, too_late: Callable[[Work], bool]) -> str:
@@ -104,7 +104,7 @@ class Tools:
         )
         self.reader.warm_up()
         draft = entry.draft()
-        found = fetch(record.checkpoint_url, draft, limits, self.dialer, cancelled=work.cancelled, reserve=reserve)
+        found = fetch(record.checkpoint_url, draft, limits, self.connector, cancelled=work.cancelled, reserve=reserve)
         entry.keep()
         return found.sha256
 

@@ -189,6 +189,21 @@ def has_a_null_in_a_field(r: Request) -> None:
 
 
 @kind("bad_response")
+def has_a_null_behind_much_white_space(r: Request) -> None:
+    r.answer("200 OK", "X-Field:" + " " * 30_000 + "\0", "Content-Length: 1", body=b"a")
+
+
+@kind("bad_response")
+def sends_single_bytes_as_chunks(r: Request) -> None:
+    r.answer("200 OK", "Transfer-Encoding: chunked", body=b"1\r\na\r\n" * 30_000 + b"0\r\n\r\n")
+
+
+@kind("bad_response")
+def frames_its_body_twice(r: Request) -> None:
+    r.answer("200 OK", "Transfer-Encoding: chunked", "Content-Length: 1", body=b"1\r\na\r\n0\r\n\r\n")
+
+
+@kind("bad_response")
 def breaks_its_chunks(r: Request) -> None:
     r.answer("200 OK", "Transfer-Encoding: chunked", body=b"zz\r\nabc\r\n")
 

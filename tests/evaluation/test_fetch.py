@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from bzstream.config import SubmitSettings
-from bzstream.evaluation import dial
 from bzstream.evaluation.codes import REJECTED, Failure, Refusal
-from bzstream.evaluation.dial import Dialer, parse_url
-from bzstream.evaluation.fetch import CancelledFetch, Fetched, Limits, fetch
+from bzstream.evaluation.fetching import CancelledFetch, Fetched, Limits, SafeConnector, fetch, safe_connect
+from bzstream.evaluation.fetching.safe_connect import parse_url
 from bzstream.submissions import urls
 from tests.evaluation.servers import BODY, LIMIT, SERVERS, SIZE, Server, serving
+from tests.httpclient.conftest import silent_port
 
 server = pytest.fixture(serving)
 
@@ -36,12 +36,12 @@ def only_our_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
         return address == "127.0.0.1" or real(address)
 
     monkeypatch.setattr(urls, "is_public_address", public)
-    monkeypatch.setattr(dial, "is_public_address", public)
+    monkeypatch.setattr(safe_connect, "is_public_address", public)
 
 
-def get(url: str, folder: Path, limits: Limits = QUICK, dialer: Dialer | None = None) -> Fetched:
-    dialer = dialer or Dialer(SubmitSettings(allow_http=True))
-    return fetch(url, folder / "file", limits, dialer, cancelled=threading.Event())
+def get(url: str, folder: Path, limits: Limits = QUICK, connector: SafeConnector | None = None) -> Fetched:
+    connector = connector or SafeConnector(SubmitSettings(allow_http=True))
+    return fetch(url, folder / "file", limits, connector, cancelled=threading.Event())
 
 
 @pytest.mark.parametrize("name", SERVERS)
@@ -110,7 +110,7 @@ def test_cancelling_ends_a_fetch_at_once_and_leaves_nothing(server: Server, tmp_
             server.url("stops_in_the_middle"),
             tmp_path / "file",
             QUICK._replace(stall_s=30, timeout_s=60),
-            Dialer(SubmitSettings(allow_http=True)),
+            SafeConnector(SubmitSettings(allow_http=True)),
             cancelled=cancelled,
         )
     assert time.monotonic() - began < 2
@@ -132,7 +132,7 @@ def test_a_closed_port_is_unreachable(tmp_path: Path) -> None:
         get(
             f"http://127.0.0.1:{port}/x",
             tmp_path,
-            dialer=Dialer(SubmitSettings(allow_http=True, allow_private_urls=True)),
+            connector=SafeConnector(SubmitSettings(allow_http=True, allow_private_urls=True)),
         )
     assert caught.value.code == "unreachable"
 
@@ -220,11 +220,11 @@ def test_tls_checks_the_name_of_the_url_not_the_address(resolver: dict[str, list
     trusting = ssl.create_default_context(cafile=str(CERTIFICATE))
     resolver["miner.example.com"] = [["127.0.0.1"]]
     resolver["other.example.com"] = [["127.0.0.1"]]
-    dialer = Dialer(SubmitSettings(), trusting)
-    assert get(f"https://miner.example.com:{port}/x", tmp_path, dialer=dialer).size == 4
+    connector = SafeConnector(SubmitSettings(), trusting)
+    assert get(f"https://miner.example.com:{port}/x", tmp_path, connector=connector).size == 4
     assert names == ["miner.example.com"]
     with pytest.raises(Refusal) as caught:
-        get(f"https://other.example.com:{port}/y", tmp_path / "..", dialer=dialer)
+        get(f"https://other.example.com:{port}/y", tmp_path / "..", connector=connector)
     assert caught.value.code == "unreachable"
 
 
@@ -233,7 +233,7 @@ def test_a_certificate_nobody_signed_is_unreachable(resolver: dict[str, list[lis
     port = serve_tls([])
     resolver["miner.example.com"] = [["127.0.0.1"]]
     with pytest.raises(Refusal) as caught:
-        get(f"https://miner.example.com:{port}/x", tmp_path, dialer=Dialer(SubmitSettings()))
+        get(f"https://miner.example.com:{port}/x", tmp_path, connector=SafeConnector(SubmitSettings()))
     assert caught.value.code == "unreachable"
 
 
@@ -242,23 +242,36 @@ def test_plain_http_is_refused_unless_allowed() -> None:
         parse_url("http://miner.example.com/x", SubmitSettings())
     assert caught.value.code == "forbidden_url"
     target = parse_url("http://miner.example.com:8080/x?y=1", SubmitSettings(allow_http=True))
-    assert (target.authority, target.path) == ("miner.example.com:8080", "/x?y=1")
+    assert (target.origin.authority, target.path) == ("miner.example.com:8080", "/x?y=1")
+
+
+def test_an_address_that_answers_nothing_costs_a_moment(
+    server: Server, resolver: dict[str, list[list[str]]], tmp_path: Path
+) -> None:
+    """The second of the checked addresses is tried while the first is silent, and used for the later ranges."""
+    server.files["x"] = BODY
+    with silent_port("127.0.0.2", server.port):
+        resolver["miner.example.com"] = [["127.0.0.2", "127.0.0.1"]]
+        connector = SafeConnector(SubmitSettings(allow_http=True, allow_private_urls=True))
+        found = get(f"http://miner.example.com:{server.port}/files/x", tmp_path, connector=connector)
+    assert found.connections > 1
+    assert found.sha256 == hashlib.sha256(BODY).hexdigest()
 
 
 def test_the_host_field_brackets_ipv6_and_drops_default_ports() -> None:
-    target = parse_url("https://[2606:2800:220:1::1]/x", SubmitSettings())
-    assert (target.authority, target.host, target.port) == ("[2606:2800:220:1::1]", "2606:2800:220:1::1", 443)
-    assert target.url == "https://[2606:2800:220:1::1]/x"
+    origin = parse_url("https://[2606:2800:220:1::1]/x", SubmitSettings()).origin
+    assert (origin.authority, origin.host, origin.port) == ("[2606:2800:220:1::1]", "2606:2800:220:1::1", 443)
+    assert str(origin) == "https://[2606:2800:220:1::1]"
 
 
 def test_no_descriptor_is_left_open(server: Server, tmp_path: Path) -> None:
-    dialer = Dialer(SubmitSettings(allow_http=True, allow_private_urls=True))
+    connector = SafeConnector(SubmitSettings(allow_http=True, allow_private_urls=True))
     server.files["x"] = BODY
-    get(server.url("files/x"), tmp_path, dialer=dialer)
+    get(server.url("files/x"), tmp_path, connector=connector)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         with pytest.raises(Refusal):
-            get(server.url("ends_early"), tmp_path / "..", dialer=dialer)
+            get(server.url("ends_early"), tmp_path / "..", connector=connector)
     deadline = time.monotonic() + 5
     while len(os.listdir("/proc/self/fd")) > before and time.monotonic() < deadline:
         pass  # the server's own side closes in its threads

@@ -4,7 +4,8 @@ A validator fetches any URL that a registered miner signs, from inside its own n
 forgery. Three rules close it. The URL must pass one policy, again at every redirect. A name is resolved once, *all* its
 addresses must be allowed, and the socket connects to an address that was checked, so that a name which answers
 differently the second time (DNS rebinding) has no second time. And "allowed" means global unicast, also for the IPv4
-address that hides inside a mapped, compatible, 6to4, Teredo or NAT64 one.
+address that hides inside a mapped, compatible, 6to4, Teredo or NAT64 one. No proxy is ever used: it would resolve the
+name itself.
 
 The host name still goes into SNI, the certificate check and the Host field, as the server expects.
 """
@@ -12,44 +13,36 @@ The host name still goes into SNI, the certificate check and the Host field, as 
 from __future__ import annotations
 
 import re
-import socket
 import ssl
 import time
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 from bzstream.config import SubmitSettings
 from bzstream.evaluation.codes import Refusal
+from bzstream.evaluation.fetching.budget import FetchBudget
+from bzstream.httpclient import DEFAULT_PORTS, Connection, Origin, SocketAddress, connect_first, resolve, start_tls
 from bzstream.submissions.urls import InvalidUrl, check_url, is_public_address
 
-__all__ = ["Dialer", "Target", "parse_url"]
+__all__ = ["SafeConnector", "Target", "parse_url"]
 
-_PLATFORM = frozenset({"168.63.129.16"})
+_CLOUD_METADATA = frozenset({"168.63.129.16"})
 """Public on paper, a metadata service inside every machine of one cloud (Azure's wire server)."""
 
 _VISIBLE = re.compile(r"[!-~]*")
 """What may stand on a request line (RFC 9112 3): the policy demands no less, this must not depend on it."""
 
+_SLICE_S = 0.25
+"""How long one wait for the socket lasts before cancellation and deadlines are looked at again."""
+
 
 class Target(NamedTuple):
     """Where one request goes."""
 
-    secure: bool
-    host: str
-    """Without brackets; a name or an address."""
-    port: int
+    origin: Origin
     path: str
     """Path and query, beginning with a slash."""
-
-    @property
-    def authority(self) -> str:
-        """The Host field's value (RFC 9110 7.2)."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == (443 if self.secure else 80) else f"{host}:{self.port}"
-
-    @property
-    def url(self) -> str:
-        return f"{'https' if self.secure else 'http'}://{self.authority}{self.path}"
 
 
 def parse_url(url: str, policy: SubmitSettings) -> Target:
@@ -67,11 +60,11 @@ def parse_url(url: str, policy: SubmitSettings) -> Target:
     path += f"?{parts.query}" if parts.query else ""
     if not host or not _VISIBLE.fullmatch(host + path):
         raise Refusal("forbidden_url", "the URL is malformed")
-    secure = parts.scheme == "https"
-    return Target(secure, host, port or (443 if secure else 80), path)
+    scheme: Literal["http", "https"] = "https" if parts.scheme == "https" else "http"
+    return Target(Origin(scheme, host, port or DEFAULT_PORTS[scheme]), path)
 
 
-class Dialer:
+class SafeConnector:
     """Resolves, checks and connects. `policy`: what `/submit` enforces; `tls`: a context that verifies certificates."""
 
     def __init__(self, policy: SubmitSettings, tls: ssl.SSLContext | None = None) -> None:
@@ -84,40 +77,43 @@ class Dialer:
     def follow(self, target: Target, location: str) -> Target:
         """Where a redirect leads. Raises Refusal `forbidden_url` or `forbidden_address`."""
         try:
-            joined = urljoin(target.url, location.split("#")[0])
+            joined = urljoin(f"{target.origin}{target.path}", location.split("#")[0])
         except ValueError:
             raise Refusal("forbidden_url", "the server redirects to a malformed URL") from None
         return self.parse(joined)
 
-    def resolve(self, target: Target) -> str:
-        """The one address to connect to. Raises Refusal `unreachable` or `forbidden_address`."""
+    def resolve(self, target: Target) -> list[SocketAddress]:
+        """The addresses to connect to, every one of them checked. Raises Refusal `unreachable`, `forbidden_address`."""
         try:
-            found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError):
+            found = resolve(target.origin.host, target.origin.port)
+        except OSError:
             raise Refusal("unreachable", "the checkpoint's host name does not resolve") from None
-        addresses = [str(info[4][0]) for info in found]
-        for address in addresses:
-            public = is_public_address(address) and address not in _PLATFORM
+        for address in found:
+            public = is_public_address(address.ip) and address.ip not in _CLOUD_METADATA
             if not public and not self.policy.allow_private_urls:
                 raise Refusal("forbidden_address", "the checkpoint's host has an address that is not public")
-        return addresses[0]
+        return found
 
-    def connect(self, target: Target, address: str, *, timeout: float) -> socket.socket:
-        """A connection to that very address, with TLS for https. Raises Refusal `unreachable`."""
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        deadline = time.monotonic() + timeout
-        connection = socket.socket(family, socket.SOCK_STREAM)
+    def connect(
+        self, target: Target, addresses: Sequence[SocketAddress], budget: FetchBudget
+    ) -> tuple[Connection, SocketAddress]:
+        """A connection to the first of these very addresses that answers, with TLS for https, and that address.
+
+        Raises Refusal `unreachable`, and what the budget raises.
+        """
+        deadline = time.monotonic() + budget.seconds_left()
         try:
-            connection.settimeout(timeout)
-            connection.connect((address, target.port))
-            if target.secure:
-                connection.settimeout(max(0.001, deadline - time.monotonic()))
-                return self._tls.wrap_socket(connection, server_hostname=target.host)
-        except (OSError, ValueError) as error:  # ssl.SSLError and socket.timeout are OSErrors
-            connection.close()
+            sock, address = connect_first(addresses, budget.seconds_left(), budget.check)
+            if target.origin.secure:
+                sock = start_tls(sock, self._tls, target.origin.host, max(0.001, deadline - time.monotonic()))
+        except (OSError, ValueError) as error:  # ssl.SSLError and TimeoutError are OSErrors
             what = "the TLS session failed" if isinstance(error, ssl.SSLError) else "no connection could be made"
             raise Refusal("unreachable", f"{what} to the checkpoint's host: {type(error).__name__}") from None
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+        connection = Connection(
+            sock,
+            target.origin,
+            stall_s=budget.limits.stall_s,
+            slice_s=min(_SLICE_S, budget.limits.stall_s),
+            on_wait=budget.check,
+        )
+        return connection, address
