@@ -101,6 +101,20 @@ def test_the_whole_fetch_has_a_deadline(server: Server, tmp_path: Path, monkeypa
 
 
 @pytest.mark.usefixtures("only_our_loopback")
+def test_a_server_that_is_slow_but_fair_is_waited_for(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fair(request: object) -> None:
+        request.answer("200 OK", "Content-Length: 16000")  # type: ignore[attr-defined]
+        for _ in range(4):
+            server.closing.wait(0.4)  # less than stall_s, more than one wait for the socket; all together more
+            request.send(BODY[:4000])  # type: ignore[attr-defined]
+
+    monkeypatch.setitem(SERVERS, "fair", (fair, ""))
+    assert get(server.url("fair"), tmp_path).size == 16000
+
+
+@pytest.mark.usefixtures("only_our_loopback")
 def test_cancelling_ends_a_fetch_at_once_and_leaves_nothing(server: Server, tmp_path: Path) -> None:
     cancelled = threading.Event()
     threading.Timer(0.2, cancelled.set).start()
