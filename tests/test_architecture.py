@@ -19,7 +19,7 @@ TESTS = Path(__file__).parent
 
 ORDER = (
     "cli", "demo", "node", "api", "dashboard", "evaluation", "client", "swarm", "submissions", "chain", "model",
-    "http", "httpclient", "logs", "config", "tensorfile", "payload", "util", "errors",
+    "http", "httpclient", "coding", "logs", "config", "tensorfile", "payload", "util", "errors",
 )  # fmt: skip
 """The packages (and top-level modules) from top to bottom. An import may only go down; not all of them exist yet."""
 
@@ -31,13 +31,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tensorfile": {"errors", "util"},
     "config": {"errors", "util"},
     "logs": {"config", "util"},
+    "coding": {"errors", "tensorfile", "util"},
     "httpclient": {"config", "errors", "util"},
     "http": FOUNDATION,
-    "model": FOUNDATION,
+    "model": FOUNDATION | {"coding"},
     "chain": {"config", "errors", "util"},
     "submissions": {"chain", "config", "errors", "util"},
     "swarm": FOUNDATION | {"chain", "httpclient", "model"},
-    "client": FOUNDATION | {"chain", "httpclient"},
+    "client": FOUNDATION | {"chain", "coding", "httpclient"},
     "evaluation": FOUNDATION | {"chain", "httpclient", "model", "submissions"},
     "dashboard": FOUNDATION | {"chain", "http", "submissions"},
     "api": FOUNDATION | {"chain", "dashboard", "http", "model", "submissions"},
