@@ -42,6 +42,7 @@ BENCHES: dict[str, str] = {
     "fleet": "The fleet: 256 miners in one window",
     "publish": "Publishing",
     "pull": "The miner's side",
+    "coding": "Fewer bytes: the coding of chunks",
     "submissions": "Submissions",
     "evaluate": "Evaluation: from file to loss",
     "micro": "The hot path, piece by piece",

@@ -9,7 +9,7 @@ that its authors describe.
 
 Speeds are GB of plain bytes for each second of CPU time of this process, so a busy machine disturbs them
 little; each is the median of some rounds, in which all take turns. Decoding writes into memory that is there already.
-`--quick` trains a tenth of the steps and measures once. `--corpus` keeps the trained versions for the next run.
+`--quick` trains little and measures once. `--corpus` keeps the trained versions for the next run.
 """
 
 from __future__ import annotations

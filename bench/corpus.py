@@ -52,7 +52,8 @@ CONFIG: Mapping[str, Any] = {
 
 def make_corpus(folder: Path, quick: bool = False) -> dict[str, Path]:
     """Train, unless `folder` already has the versions; the file of each version by its name. Needs torch."""
-    names = ["start", "outer", *(f"{rate}-after-{steps}" for rate in RATES for steps in SNAPSHOTS)]
+    scale, rates, miners = (10, RATES[:2], 2) if quick else (1, RATES, MINERS)
+    names = ["start", "outer", *(f"{rate}-after-{steps}" for rate in rates for steps in SNAPSHOTS)]
     files = {name: folder / f"{name}.safetensors" for name in names}
     if all(file.exists() for file in files.values()):
         return files
@@ -64,22 +65,21 @@ def make_corpus(folder: Path, quick: bool = False) -> dict[str, Path]:
     config = Qwen3VLMoeConfig(**CONFIG)
     model = Qwen3VLMoeForConditionalGeneration._from_config(config, dtype=torch.float32)
     model.train()
-    scale = 10 if quick else 1
     for _ in _train(model, FIRST_RATE, FIRST_STEPS // scale, seed=0):
         pass
     start = {name: value.bfloat16() for name, value in model.state_dict().items()}
     _write(files["start"], start)
     change: dict[str, Any] = {name: torch.zeros(value.shape) for name, value in start.items()}
-    runs = [(rate, seed) for seed, rate in enumerate(RATES, 1)]
-    runs += [(OUTER_FROM, len(RATES) + miner) for miner in range(1, MINERS)]
+    runs = [(rate, seed) for seed, rate in enumerate(rates, 1)]
+    runs += [(OUTER_FROM, len(rates) + miner) for miner in range(1, miners)]
     for number, (rate, seed) in enumerate(runs):
         model.load_state_dict(start)
         for step in _train(model, float(rate), SNAPSHOTS[-1] // scale, seed=seed):
-            if step * scale in SNAPSHOTS and number < len(RATES):
+            if step * scale in SNAPSHOTS and number < len(rates):
                 _write(files[f"{rate}-after-{step * scale}"], model.state_dict())
         if rate == OUTER_FROM:
             for name, value in model.state_dict().items():
-                change[name] += (value - start[name].float()) / MINERS
+                change[name] += (value - start[name].float()) / miners
     _write(files["outer"], {name: value.float() + OUTER_RATE * change[name] for name, value in start.items()})
     return files
 
@@ -124,7 +124,7 @@ def _write(file: Path, state: Mapping[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--quick", action="store_true", help="a tenth of the steps")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the steps, half of the rates and miners")
     options = parser.parse_args()
     for name, file in make_corpus(options.folder, options.quick).items():
         print(f"{name:<20} {file.stat().st_size:>12,} bytes")
