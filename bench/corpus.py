@@ -62,6 +62,7 @@ def make_corpus(folder: Path, quick: bool = False) -> dict[str, Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     config = Qwen3VLMoeConfig(**CONFIG)
     model = Qwen3VLMoeForConditionalGeneration._from_config(config, dtype=torch.float32)
     model.train()
