@@ -167,7 +167,10 @@ class _NotAnInteger(float):
 
 def _parse(raw: bytes) -> dict[str, Any]:
     try:
-        return parse_json_object(raw, parse_int=_parse_integer, parse_float=lambda _: _NotAnInteger())
+        # A string with half of a surrogate pair is refused as the field that it is, by the form of that field.
+        return parse_json_object(
+            raw, parse_int=_parse_integer, parse_float=lambda _: _NotAnInteger(), lone_surrogates=True
+        )
     except DuplicateKey:
         raise SubmissionRefused(400, "duplicate_key", "the body names a field twice") from None
     except JsonError as error:

@@ -43,11 +43,13 @@ def parse_json(
     parse_int: Callable[[str], Any] | None = None,
     parse_float: Callable[[str], Any] | None = None,
     python_values: bool = False,
+    lone_surrogates: bool = False,
 ) -> Any:
     """The value in a JSON text. Raises JsonError.
 
     `parse_int` and `parse_float` make other values of numbers than int and (finite) float. `python_values` also takes
     NaN, Infinity and lone surrogates, which Python's own writer puts into files such as a checkpoint's config.json.
+    `lone_surrogates` takes the last of these alone, for a caller that names the field with such a string itself.
     """
     if max_bytes is not None and len(text) > max_bytes:
         raise JsonError(f"it is larger than {max_bytes} bytes")
@@ -61,7 +63,7 @@ def parse_json(
             parse_float=parse_float or (None if python_values else _finite),
             parse_constant=None if python_values else _no_constant,
         )
-        if not python_values and _SURROGATE.search(plain):
+        if not (python_values or lone_surrogates) and _SURROGATE.search(plain):
             _check_surrogates(value)
     except UnicodeDecodeError:
         raise JsonError("it is not UTF-8 text") from None
