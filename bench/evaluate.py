@@ -125,15 +125,15 @@ def resident(place: Path, quick: bool, device: str) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from bzstream.evaluation.module import prepare_torch
-    from bzstream.evaluation.published import Published
-    from bzstream.evaluation.resident import ResidentModel
-    from bzstream.evaluation.sandbox import Reader
+    from bzstream.evaluation.baseline import BaselineModel
+    from bzstream.evaluation.reading.sandbox import Reader
+    from bzstream.evaluation.scoring.module import prepare_torch
+    from bzstream.evaluation.scoring.resident_model import ResidentModel
     from bzstream.model import open_snapshot
 
     prepare_torch()
     windows = np.arange(WINDOWS * TOKENS, dtype=np.int64).reshape(WINDOWS, TOKENS)
-    published = Published(open_snapshot(place / "store" / "snapshots" / "a"))
+    published = BaselineModel(open_snapshot(place / "store" / "snapshots" / "a"))
     part, bound = published.group(1), published.value_bound(1)
     reader = Reader(memory=512 << 20, timeout=60)
     before = _start_peak()
@@ -156,13 +156,13 @@ def resident(place: Path, quick: bool, device: str) -> dict[str, Any]:
         reader.warm_up()
         time.sleep(1.0)  # the evaluator, too, has the next reading process started ahead
         began = time.perf_counter()
-        stored = timed("check the file (own process)", reader.read, fd, size, part.wanted, bound)
-        staged = timed("stage and hash", model.stage, fd, stored, 1)
-        wearing = model.wearing(staged)
-        timed("put on", wearing.__enter__)
+        locations = timed("check the file (own process)", reader.read, fd, size, part.specs, bound)
+        staged = timed("stage and hash", model.stage, fd, locations, 1)
+        swapped_in = model.swapped_in(staged)
+        timed("put on", swapped_in.__enter__)
         loss = timed("run", lambda: model.window_losses(windows, batch=WINDOWS))[0]
         totals.append(time.perf_counter() - began)
-        timed("take off", wearing.__exit__, None, None, None)
+        timed("take off", swapped_in.__exit__, None, None, None)
         timed("sketch", model.sketch, staged, "00" * 32)
         wholes.append(time.perf_counter() - began)
         staged.close()
@@ -195,14 +195,14 @@ def deepcopy(place: Path, quick: bool, device: str) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
 
-    from bzstream.evaluation.module import prepare_torch
-    from bzstream.evaluation.published import Published
-    from bzstream.evaluation.resident import ResidentModel
+    from bzstream.evaluation.baseline import BaselineModel
+    from bzstream.evaluation.scoring.module import prepare_torch
+    from bzstream.evaluation.scoring.resident_model import ResidentModel
     from bzstream.model import open_snapshot
 
     prepare_torch()
     windows = np.arange(WINDOWS * TOKENS, dtype=np.int64).reshape(WINDOWS, TOKENS)
-    published = Published(open_snapshot(place / "store" / "snapshots" / "a"))
+    published = BaselineModel(open_snapshot(place / "store" / "snapshots" / "a"))
     rows = {layer: list(indices) for layer, indices in (published.group(1).rows or {}).items()}
     before = _start_peak()
     base = ResidentModel(published, device=device)  # loads the model; what follows is the usual way

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from bzstream.evaluation.codes import FAILED, REJECTED
+from bzstream.evaluation.rejection_codes import FAILED, REJECTED
 
 README = Path(__file__).parents[1] / "README.md"
 

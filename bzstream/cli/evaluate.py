@@ -32,7 +32,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole record as JSON.")] = False,
 ) -> None:
     """Score a checkpoint against the published model, with the validator's own checks and code."""
-    from bzstream.evaluation.codes import EvaluationError
+    from bzstream.evaluation.rejection_codes import EvaluationError
 
     flags = {"store.path": store, "evaluation.data": data, "evaluation.device": device, "ledger.url": ledger}
     settings = settings_of(config, flags)
@@ -60,11 +60,11 @@ def _evaluate(
     """The evaluator's own steps, one after the other. Raises BzstreamError: Refusal for the file's fault."""
     import time
 
-    from bzstream.evaluation.codes import EvaluationError
-    from bzstream.evaluation.data import require_data
-    from bzstream.evaluation.published import Published
+    from bzstream.evaluation.baseline import BaselineModel
+    from bzstream.evaluation.reading.sandbox import Reader
+    from bzstream.evaluation.rejection_codes import EvaluationError
     from bzstream.evaluation.role import spool_folder
-    from bzstream.evaluation.sandbox import Reader
+    from bzstream.evaluation.scoring.data import require_data
     from bzstream.model import SnapshotCache
     from bzstream.util.files import hash_file
 
@@ -77,7 +77,7 @@ def _evaluate(
     if snapshot is None:
         what = "no snapshot" if version is None else f"no version {version}"
         raise EvaluationError(f"the store {place} holds {what}; see `bzstream inspect {place}`")
-    published = Published(snapshot)
+    published = BaselineModel(snapshot)
     part = published.group(group)
     try:
         fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
@@ -85,14 +85,14 @@ def _evaluate(
         raise EvaluationError(f"{file} cannot be read: {error.strerror}") from None
     reader = Reader(memory=settings.evaluation.read_memory, timeout=settings.evaluation.read_timeout_s)
     try:
-        stored = reader.read(fd, os.fstat(fd).st_size, part.wanted, published.value_bound(group))
+        locations = reader.read(fd, os.fstat(fd).st_size, part.specs, published.value_bound(group))
         # Only a file that passed every check is worth the seconds that torch and the model take to load.
-        from bzstream.evaluation.judge import Judge
+        from bzstream.evaluation.scoring.scorer import Scorer
 
         cache = spool_folder(settings, place) / "tokens"
-        judge = Judge(published, settings.evaluation, device=settings.evaluation.device or "cpu", cache=cache)
-        return judge.judge(
-            judge.stage(fd, stored, group),
+        scorer = Scorer(published, settings.evaluation, device=settings.evaluation.device or "cpu", cache=cache)
+        return scorer.score(
+            scorer.stage(fd, locations, group),
             seed,
             file_hash=f"sha256:{hash_file(file)}",
             submission_id=submission_id,
@@ -108,9 +108,9 @@ def _repeat(settings: Settings, submission_id: str, file: Path | None, as_json: 
     """Evaluate a submission again and compare every number. Raises EvaluationError when one differs."""
     import tempfile
 
-    from bzstream.evaluation.codes import EvaluationError
     from bzstream.evaluation.records import Records
-    from bzstream.evaluation.repeating import compare, find_file, settings_of
+    from bzstream.evaluation.rejection_codes import EvaluationError
+    from bzstream.evaluation.reproduce import compare, find_file, settings_of
     from bzstream.submissions.ledger import Ledger
 
     where = existing_ledger(settings)

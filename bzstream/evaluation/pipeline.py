@@ -31,20 +31,20 @@ import structlog
 from bzstream.chain.clock import Cycle
 from bzstream.chain.state import ChainState
 from bzstream.config import Settings
-from bzstream.evaluation.codes import EvaluationError, Failure, ModelClosed, Refusal
+from bzstream.evaluation.baseline import BaselineModel, UnitTensors
+from bzstream.evaluation.duplicates import is_duplicate, reject_copies
 from bzstream.evaluation.fetching import CancelledFetch
-from bzstream.evaluation.precedence import has_twin, settle_copies
-from bzstream.evaluation.published import Part, Published
 from bzstream.evaluation.records import Records
+from bzstream.evaluation.rejection_codes import EvaluationError, Failure, ModelClosed, Refusal
+from bzstream.evaluation.stages import EvaluationTask, StageRunner
 from bzstream.evaluation.threads import Worker, in_thread
-from bzstream.evaluation.work import Tools, Work
 from bzstream.model import SnapshotCache
 from bzstream.submissions.ledger import LeaseLost, Ledger, LedgerUnavailable
 from bzstream.submissions.states import FINAL, Status
 from bzstream.submissions.types import SubmissionRow
 
 if TYPE_CHECKING:
-    from bzstream.evaluation.judge import Judge, Verdict
+    from bzstream.evaluation.scoring.scorer import ScoredSubmission, Scorer
 
 __all__ = ["Pipeline"]
 
@@ -58,7 +58,7 @@ class _Lost(Exception):
 
 
 class Pipeline:
-    """One evaluator. `make_judge(published)` builds the judge; it is called in the model's thread."""
+    """One evaluator. `make_scorer(published)` builds the judge; it is called in the model's thread."""
 
     def __init__(
         self,
@@ -67,8 +67,8 @@ class Pipeline:
         ledger: Ledger,
         records: Records,
         library: SnapshotCache,
-        tools: Tools,
-        make_judge: Callable[[Published], Judge],
+        tools: StageRunner,
+        make_scorer: Callable[[BaselineModel], Scorer],
         name: str,
     ) -> None:
         self._settings = settings.evaluation
@@ -77,7 +77,7 @@ class Pipeline:
         self._records = records
         self._library = library
         self._tools = tools
-        self._make_judge = make_judge
+        self._make_scorer = make_scorer
         self._name = name
         self._log = structlog.get_logger("evaluator")
         # The run
@@ -85,24 +85,24 @@ class Pipeline:
         self._fatal: EvaluationError | None = None
         self._chain: ChainState | None = None
         # The jobs
-        self._active: set[Work] = set()
+        self._active: set[EvaluationTask] = set()
         """Every job from its claim until `_leave`; also one that was lost, until its stage has noticed."""
         self._preparing: set[asyncio.Task[None]] = set()
         self._verifying = asyncio.Semaphore(_VERIFIERS)
-        self._ready: list[Work] = []
+        self._ready: list[EvaluationTask] = []
         self._wake = asyncio.Event()
-        self._staged: asyncio.Queue[Work] = asyncio.Queue(1)
+        self._staged: asyncio.Queue[EvaluationTask] = asyncio.Queue(1)
         # The model
         self._torch = Worker("model")
-        self._judge: Judge | None = None
-        self._published: dict[str, Published] = {}
+        self._scorer: Scorer | None = None
+        self._published: dict[str, BaselineModel] = {}
 
     async def run(self, stop: asyncio.Event) -> None:
         """Evaluate until `stop` is set; jobs in hand are then given back. Raises EvaluationError, see above."""
         await self._call(self._settle_latest)
         loops = [
             asyncio.create_task(loop())
-            for loop in (self._claiming, self._renewing, self._watching, self._staging, self._judging)
+            for loop in (self._claiming, self._renewing, self._watching, self._staging_loop, self._scoring_loop)
         ]
         stopped = asyncio.create_task(stop.wait())
         try:
@@ -118,8 +118,8 @@ class Pipeline:
             results = await asyncio.gather(*loops, return_exceptions=True)
             await asyncio.gather(*self._preparing, return_exceptions=True)
             await self._give_back()
-            if self._judge is not None and self._fatal is None:
-                await self._torch.run(self._judge.close)
+            if self._scorer is not None and self._fatal is None:
+                await self._torch.run(self._scorer.close)
             for published in self._published.values():
                 published.close()
         for error in (self._fatal, *results):
@@ -136,7 +136,7 @@ class Pipeline:
             if free > 0 and self._library.current is not None:
                 claim = partial(self._ledger.claim, self._name, lease_s=self._settings.lease_s, limit=free)
                 for job in await self._call(claim):
-                    work = Work(job, self._tools.spool.open(job.record.submission_id))
+                    work = EvaluationTask(job, self._tools.spool.open(job.record.submission_id))
                     self._active.add(work)
                     task = asyncio.create_task(self._prepare(work))
                     self._preparing.add(task)
@@ -154,7 +154,7 @@ class Pipeline:
                     if work.id not in held and work in self._active:
                         self._drop(work)
 
-    def _drop(self, work: Work) -> None:
+    def _drop(self, work: EvaluationTask) -> None:
         """The lease is lost: to another evaluator, or because a later submission superseded this one."""
         self._log.info("lost", submission=work.id)
         work.lost = True
@@ -182,7 +182,7 @@ class Pipeline:
                     work.cancelled.set()
             await asyncio.sleep(self._settings.poll_s)
 
-    def _too_late(self, work: Work) -> bool:
+    def _too_late(self, work: EvaluationTask) -> bool:
         """Whether the round's fetches have closed for a submission. A signed hash keeps it open: the file is fixed."""
         record = work.record
         if self._chain is None or record.checkpoint_hash is not None:
@@ -202,7 +202,7 @@ class Pipeline:
                 self._log.warning("the ledger does not answer", reason=str(error))
                 await asyncio.sleep(1.0)
 
-    async def _advance(self, work: Work, status: Status, **values: Any) -> None:
+    async def _advance(self, work: EvaluationTask, status: Status, **values: Any) -> None:
         try:
             work.job = await self._call(partial(self._ledger.advance, work.job, status, **values))
         except LeaseLost:
@@ -215,19 +215,19 @@ class Pipeline:
                     await self._advance(work, "queued")
             self._leave(work)
 
-    def _leave(self, work: Work) -> None:
+    def _leave(self, work: EvaluationTask) -> None:
         self._active.discard(work)
         work.unstage()
         work.entry.release()
 
     # ---- Fetch and verify -----------------------------------------------------------------------------------------
 
-    async def _prepare(self, work: Work) -> None:
+    async def _prepare(self, work: EvaluationTask) -> None:
         """From `fetching` to ready."""
         async with self._verdict(work):
-            part = await self._slice(work)
+            unit = await self._slice(work)
             began = time.monotonic()
-            digest = await in_thread(partial(self._tools.fetch, work, part, self._too_late), "fetch")
+            digest = await in_thread(partial(self._tools.fetch, work, unit, self._too_late), "fetch")
             fetched = time.monotonic()
             await self._advance(work, "verifying", content_hash=f"sha256:{digest}")
             if work.record.checkpoint_hash not in (None, work.record.content_hash):
@@ -243,7 +243,7 @@ class Pipeline:
             self._ready.append(work)
             self._wake.set()
 
-    async def _slice(self, work: Work) -> Part:
+    async def _slice(self, work: EvaluationTask) -> UnitTensors:
         """The slice that the submission builds on: that of its round's base (`chain.round_base`).
 
         A ledger of an older bzstream can hold a round without a base. Then it is the newest version that was published
@@ -258,22 +258,22 @@ class Pipeline:
         before = [snapshot for snapshot in snapshots if snapshot.block <= work.record.round]
         snapshot = before[0] if before else snapshots[-1]
         if snapshot.version not in self._published:
-            self._published[snapshot.version] = Published(snapshot)
+            self._published[snapshot.version] = BaselineModel(snapshot)
         work.published = self._published[snapshot.version]
         return work.published.group(work.record.expert_group)
 
     def _forget_versions(self) -> None:
         """Let go of versions that nothing needs, so that the disk gets their room back once the store drops them."""
         needed = {work.published.version for work in self._active if work.published is not None}
-        if self._judge is not None:
-            needed.add(self._judge.version)
+        if self._scorer is not None:
+            needed.add(self._scorer.version)
         for version in self._published.keys() - needed:
             self._published.pop(version).close()
 
-    # ---- Stage and judge ------------------------------------------------------------------------------------------
+    # ---- Stage and scorer ------------------------------------------------------------------------------------------
 
-    async def _staging(self) -> None:
-        """Put the next submission whose seed is known into a staging buffer, one ahead of the judge."""
+    async def _staging_loop(self) -> None:
+        """Put the next submission whose seed is known into a staging buffer, one ahead of the scorer."""
         while self._fatal is None:
             due = [work for work in self._ready if self._seed(work.record) is not None]
             if not due:
@@ -283,53 +283,53 @@ class Pipeline:
             work = min(due, key=lambda w: (w.record.round, w.record.precedence, w.id))
             self._ready.remove(work)
             async with self._verdict(work):
-                judge = await self._judge_of(work)
-                await in_thread(partial(self._tools.stage, work, judge), "stage")
+                scorer = await self._scorer_for(work)
+                await in_thread(partial(self._tools.stage, work, scorer), "stage")
                 await self._staged.put(work)
 
-    async def _judge_of(self, work: Work) -> Judge:
-        """The judge for the submission's version, loaded now if another is resident (the old one goes first)."""
+    async def _scorer_for(self, work: EvaluationTask) -> Scorer:
+        """The scorer for the submission's version, loaded now if another is resident (the old one goes first)."""
         published = work.published
         assert published is not None
-        if self._judge is None or self._judge.version != published.version:
+        if self._scorer is None or self._scorer.version != published.version:
             await self._staged.join()
-            await self._dismiss_judge()
+            await self._close_scorer()
             self._log.info("loading the model", version=published.version)
             try:
-                self._judge = await self._torch.run(partial(self._make_judge, published))
+                self._scorer = await self._torch.run(partial(self._make_scorer, published))
             except Failure as failure:  # not this submission's doing
                 raise EvaluationError(f"version {published.version} cannot be loaded: {failure.detail}") from None
-        return self._judge
+        return self._scorer
 
-    async def _dismiss_judge(self) -> None:
-        old, self._judge = self._judge, None
+    async def _close_scorer(self) -> None:
+        old, self._scorer = self._scorer, None
         if old is not None:
             await self._torch.run(old.close)
 
-    async def _judging(self) -> None:
+    async def _scoring_loop(self) -> None:
         while self._fatal is None:
             work = await self._staged.get()
             try:
                 async with self._verdict(work):
                     await self._score(work)
-                if self._judge is not None and not self._judge.model.sound:
-                    await self._dismiss_judge()
+                if self._scorer is not None and not self._scorer.model.is_baseline:
+                    await self._close_scorer()
             finally:
                 self._staged.task_done()
 
-    async def _score(self, work: Work) -> None:
-        judge, staged, record = work.judge, work.staged, work.record
+    async def _score(self, work: EvaluationTask) -> None:
+        scorer, staged, record = work.scorer, work.staged, work.record
         seed = self._seed(record)
-        assert judge is not None
+        assert scorer is not None
         assert staged is not None
-        if judge is not self._judge or seed is None:
+        if scorer is not self._scorer or seed is None:
             raise ModelClosed  # it was closed after an error, or the chain went back: stage again
-        if await self._call(partial(has_twin, self._ledger, self._records, record, staged.weights)):
+        if await self._call(partial(is_duplicate, self._ledger, self._records, record, staged.weights)):
             raise Refusal("duplicate_weights", "the weights are those of a submission with precedence")
-        await self._advance(work, "evaluating", model_version=judge.version)
-        work.staged = None  # the judge closes it
+        await self._advance(work, "evaluating", model_version=scorer.version)
+        work.staged = None  # the scorer closes it
         judging = partial(
-            judge.judge,
+            scorer.score,
             staged,
             seed,
             file_hash=str(record.content_hash),
@@ -344,7 +344,7 @@ class Pipeline:
         seconds = round(found.seconds["total"], 3)
         self._log.info("scored", submission=work.id, group=found.group, score=found.score, seconds=seconds)
         distance = self._settings.copy_distance
-        settle = partial(settle_copies, self._ledger, self._records, record.round, found.group, distance)
+        settle = partial(reject_copies, self._ledger, self._records, record.round, found.group, distance)
         for copy, original in await self._call(settle):
             self._log.info("rejected", submission=copy, code="duplicate_weights", of=original)
         self._leave(work)
@@ -355,9 +355,9 @@ class Pipeline:
         if latest is None:
             return
         for group in {record.expert_group for record in latest.results}:
-            settle_copies(self._ledger, self._records, latest.round, group, self._settings.copy_distance)
+            reject_copies(self._ledger, self._records, latest.round, group, self._settings.copy_distance)
 
-    async def _bounded(self, judging: Awaitable[Verdict]) -> Verdict:
+    async def _bounded(self, judging: Awaitable[ScoredSubmission]) -> ScoredSubmission:
         """The verdict, or a Failure that ends this process when one batch alone takes longer than scoring may."""
         try:
             return await asyncio.wait_for(judging, 2 * self._settings.score_timeout_s)
@@ -367,7 +367,7 @@ class Pipeline:
     # ---- Verdicts -------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def _verdict(self, work: Work) -> AsyncIterator[None]:
+    async def _verdict(self, work: EvaluationTask) -> AsyncIterator[None]:
         """Turn what a stage raises into the job's end."""
         try:
             yield
@@ -397,7 +397,7 @@ class Pipeline:
             self._log.exception("evaluation failed", submission=work.id)
             await self._end(work, "failed", "internal_error", "a fault of the evaluator")
 
-    async def _end(self, work: Work, status: Status, code: str, detail: str) -> None:
+    async def _end(self, work: EvaluationTask, status: Status, code: str, detail: str) -> None:
         self._log.info(status, submission=work.id, code=code, detail=detail)
         with contextlib.suppress(_Lost):
             await self._advance(work, status, reason=code)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 from msgspec import Struct
 
-from bzstream.evaluation.scoring import pack_sketch, unpack_sketch
+from bzstream.evaluation.scoring.losses import pack_sketch, unpack_sketch
 from bzstream.submissions.ledger import Ledger
 from bzstream.submissions.types import EvaluationRow
 

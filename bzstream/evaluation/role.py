@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 import structlog
 
 from bzstream.config import Settings
-from bzstream.evaluation.data import require_data
+from bzstream.evaluation.baseline import BaselineModel
 from bzstream.evaluation.fetching import SafeConnector
 from bzstream.evaluation.pipeline import Pipeline
-from bzstream.evaluation.published import Published
+from bzstream.evaluation.reading.sandbox import Reader
 from bzstream.evaluation.records import Records
-from bzstream.evaluation.sandbox import Reader
+from bzstream.evaluation.scoring.data import require_data
 from bzstream.evaluation.spool import Spool
-from bzstream.evaluation.work import Tools
+from bzstream.evaluation.stages import StageRunner
 from bzstream.model import SnapshotCache
 from bzstream.submissions.ledger import Ledger, LedgerError
 
 if TYPE_CHECKING:
-    from bzstream.evaluation.judge import Judge
+    from bzstream.evaluation.scoring.scorer import Scorer
 
 __all__ = ["run", "spool_folder"]
 
@@ -56,8 +56,8 @@ async def run(settings: Settings, store: Path, *, device: str | None, stop: asyn
                 ledger=ledger,
                 records=Records(ledger),
                 library=library,
-                tools=Tools(evaluation, spool, SafeConnector(settings.submit), reader),
-                make_judge=partial(_make_judge, settings, store, device),
+                tools=StageRunner(evaluation, spool, SafeConnector(settings.submit), reader),
+                make_scorer=partial(_make_scorer, settings, store, device),
                 name=name,
             ).run(stop)
         finally:
@@ -84,9 +84,9 @@ async def _show_life(ledger: Ledger, name: str) -> None:
         await asyncio.sleep(LIFE_S)
 
 
-def _make_judge(settings: Settings, store: Path, device: str, published: Published) -> Judge:
+def _make_scorer(settings: Settings, store: Path, device: str, published: BaselineModel) -> Scorer:
     # torch and transformers take seconds to import: only here, in the model's thread, when there is work.
-    from bzstream.evaluation.judge import Judge
+    from bzstream.evaluation.scoring.scorer import Scorer
 
     cache = spool_folder(settings, store) / "tokens"
-    return Judge(published, settings.evaluation, device=device, cache=cache)
+    return Scorer(published, settings.evaluation, device=device, cache=cache)

@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
-from bzstream.evaluation.codes import EvaluationError, Failure
+from bzstream.evaluation.rejection_codes import EvaluationError, Failure
 
 __all__ = ["Spool", "SpoolEntry"]
 

@@ -43,7 +43,7 @@ def check(settings: Settings, roles: frozenset[Role]) -> frozenset[Role]:
             "nothing will be scored: set evaluation.data, or say --no-evaluator to mean it"
         )
         return roles - {"evaluator"}
-    from bzstream.evaluation.data import require_data
+    from bzstream.evaluation.scoring.data import require_data
 
     require_data(settings.evaluation.data)
     if missing := [name for name in ("torch", "transformers") if find_spec(name) is None]:

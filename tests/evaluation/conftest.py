@@ -12,10 +12,10 @@ import torch
 
 from bzstream.config import EvaluationSettings
 from bzstream.demo.toy_model import corpus, improve, train_toy
-from bzstream.evaluation.judge import Judge
-from bzstream.evaluation.published import Published
-from bzstream.evaluation.readers import Wanted
-from bzstream.evaluation.sandbox import Reader
+from bzstream.evaluation.baseline import BaselineModel
+from bzstream.evaluation.reading.layout import TensorSpec
+from bzstream.evaluation.reading.sandbox import Reader
+from bzstream.evaluation.scoring.scorer import Scorer
 from bzstream.model import open_snapshot, publish
 
 GROUPS = 4
@@ -60,18 +60,18 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 
 
 @pytest.fixture(scope="session")
-def published(toy: Toy) -> Iterator[Published]:
+def published(toy: Toy) -> Iterator[BaselineModel]:
     snapshot = open_snapshot(toy.store / "snapshots" / VERSION)
-    opened = Published(snapshot)
+    opened = BaselineModel(snapshot)
     yield opened
     opened.close()
     snapshot.release()
 
 
 @pytest.fixture(scope="session")
-def judge(toy: Toy, published: Published) -> Iterator[Judge]:
+def scorer(toy: Toy, published: BaselineModel) -> Iterator[Scorer]:
     """One resident model for every test that leaves it as it was, which is the point of it."""
-    found = Judge(published, toy.settings, device="cpu", cache=toy.store / "spool")
+    found = Scorer(published, toy.settings, device="cpu", cache=toy.store / "spool")
     yield found
     assert found.model.differing() == []
     found.close()
@@ -85,29 +85,29 @@ def reader() -> Iterator[Reader]:
 
 
 @pytest.fixture(scope="session")
-def wanted(published: Published) -> tuple[Wanted, ...]:
-    return published.group(1).wanted
+def specs(published: BaselineModel) -> tuple[TensorSpec, ...]:
+    return published.group(1).specs
 
 
 @pytest.fixture(scope="session")
-def bound(published: Published) -> int:
+def bound(published: BaselineModel) -> int:
     """Magnitudes of 2**bound or more are refused for group 1."""
     return published.value_bound(1)
 
 
 @pytest.fixture(scope="session")
-def honest_tensors(toy: Toy, published: Published) -> dict[str, np.ndarray]:
+def honest_tensors(toy: Toy, published: BaselineModel) -> dict[str, np.ndarray]:
     """The honest submission as float32 arrays, in published order."""
     from safetensors import safe_open
 
     with safe_open(toy.improved, "pt") as file:
-        return {w.name: file.get_tensor(w.name).float().numpy() for w in published.group(1).wanted}
+        return {w.name: file.get_tensor(w.name).float().numpy() for w in published.group(1).specs}
 
 
 @pytest.fixture(scope="session")
-def baseline_tensors(toy: Toy, published: Published) -> dict[str, np.ndarray]:
+def baseline_tensors(toy: Toy, published: BaselineModel) -> dict[str, np.ndarray]:
     """Group 1 as published, as float32 arrays."""
     from safetensors import safe_open
 
     with safe_open(toy.store / "current" / "group-1.safetensors", "pt") as file:
-        return {w.name: file.get_tensor(w.name).float().numpy() for w in published.group(1).wanted}
+        return {w.name: file.get_tensor(w.name).float().numpy() for w in published.group(1).specs}

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from bzstream.evaluation.published import Published
-from bzstream.evaluation.readers import survey
-from bzstream.evaluation.resident import ResidentModel
+from bzstream.evaluation.baseline import BaselineModel
+from bzstream.evaluation.reading.layout import check_layout
+from bzstream.evaluation.scoring.resident_model import ResidentModel
 from bzstream.model import open_snapshot, publish
 
 LAYERS, EXPERTS, WIDTH = 4, 8, 1700
@@ -52,17 +52,17 @@ def main(place: Path) -> None:
     (place / "checkpoint" / "config.json").write_text('{"vocab_size": 16}')
     publish(place / "checkpoint", place / "store", block=1, version="a", groups=4)
     del tensors
-    published = Published(open_snapshot(place / "store" / "snapshots" / "a"))
+    published = BaselineModel(open_snapshot(place / "store" / "snapshots" / "a"))
     part = published.group(1)
     file = os.open(place / "store" / "current" / "group-1.safetensors", os.O_RDONLY)
-    stored = survey(lambda n, at: os.pread(file, n, at), os.fstat(file).st_size, part.wanted)
+    locations = check_layout(lambda n, at: os.pread(file, n, at), os.fstat(file).st_size, part.specs)
     torch.ones(8) @ torch.ones(8)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = resident_kb()
     model = ResidentModel(published, device="cpu", factory="__main__:build")
     for _ in range(3):
-        staged, following = model.stage(file, stored, 1), model.stage(file, stored, 1)
-        with model.wearing(staged):
+        staged, following = model.stage(file, locations, 1), model.stage(file, locations, 1)
+        with model.swapped_in(staged):
             model.window_losses(np.zeros((2, 8), np.int64), batch=1)
         staged.close()
         following.close()

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from bzstream.config import SubmitSettings
-from bzstream.evaluation.codes import REJECTED, Failure, Refusal
 from bzstream.evaluation.fetching import CancelledFetch, Fetched, Limits, SafeConnector, fetch, safe_connect
 from bzstream.evaluation.fetching.safe_connect import parse_url
+from bzstream.evaluation.rejection_codes import REJECTED, Failure, Refusal
 from bzstream.submissions import urls
 from tests.evaluation.servers import BODY, LIMIT, SERVERS, SIZE, Server, serving
 from tests.httpclient.conftest import silent_port

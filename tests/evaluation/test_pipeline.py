@@ -24,9 +24,9 @@ from bzstream.chain.state import ChainState
 from bzstream.config import LedgerSettings, Settings, StoreSettings, SubmitSettings
 from bzstream.demo.toy_model import forge_copy, forge_nan, forge_pickle_bomb
 from bzstream.evaluation import role
-from bzstream.evaluation.codes import EvaluationError, Failure
-from bzstream.evaluation.judge import Judge
 from bzstream.evaluation.records import Records
+from bzstream.evaluation.rejection_codes import EvaluationError, Failure
+from bzstream.evaluation.scoring.scorer import Scorer
 from bzstream.model import publish
 from bzstream.submissions.ledger import Ledger
 from bzstream.submissions.states import FINAL
@@ -463,7 +463,7 @@ def test_the_signed_hash_gives_precedence_to_its_author_whoever_was_scored_first
 def test_a_fault_of_ours_fails_the_job_and_the_next_one_is_scored(
     raised: Exception, code: str, field: Field, toy: Toy, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bzstream.evaluation.resident import ResidentModel
+    from bzstream.evaluation.scoring.resident_model import ResidentModel
 
     server.files["honest"] = toy.improved.read_bytes()
     field.at(SEED_BLOCK)
@@ -473,7 +473,7 @@ def test_a_fault_of_ours_fails_the_job_and_the_next_one_is_scored(
     def failing(self: ResidentModel, *arguments: Any, **named: Any) -> list[float]:
         calls.append(1)
         if len(calls) == 2:  # the first is the baseline
-            from bzstream.evaluation.module import map_errors
+            from bzstream.evaluation.scoring.module import map_errors
 
             with map_errors():
                 raise raised
@@ -492,11 +492,11 @@ def test_a_device_error_fails_the_job_gives_the_others_back_and_ends_the_process
     field.at(SEED_BLOCK)
     names = [field.submit(server.url("files/honest"), hotkey=f"5F{i:046d}") for i in range(3)]
 
-    def broken(self: Judge, staged: Any, *arguments: Any, **named: Any) -> None:
+    def broken(self: Scorer, staged: Any, *arguments: Any, **named: Any) -> None:
         staged.close()
         raise Failure("device_error", "the accelerator reported an error: CUDA error: device-side assert")
 
-    monkeypatch.setattr(Judge, "judge", broken)
+    monkeypatch.setattr(Scorer, "score", broken)
 
     async def main() -> None:
         await role.run(field.settings, toy.store, device="cpu", stop=asyncio.Event())
@@ -515,7 +515,7 @@ def test_a_device_error_fails_the_job_gives_the_others_back_and_ends_the_process
 def test_a_reader_that_is_killed_fails_the_job(
     field: Field, toy: Toy, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bzstream.evaluation.sandbox import Reader
+    from bzstream.evaluation.reading.sandbox import Reader
 
     server.files["honest"] = toy.improved.read_bytes()
     field.at(SEED_BLOCK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import io
 import os
 import pickle
@@ -18,35 +19,35 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bzstream.evaluation.codes import REJECTED, EvaluationError, Failure, Refusal
-from bzstream.evaluation.ptfile import Stored, is_zip, read_pt
-from bzstream.evaluation.readers import (
+from bzstream.evaluation.reading.layout import (
     CASTS,
-    Wanted,
+    TensorSpec,
+    check_layout,
     check_values,
     largest_file,
     published_exponent,
-    survey,
     value_bound,
 )
-from bzstream.evaluation.sandbox import Reader
+from bzstream.evaluation.reading.ptfile import TensorLocation, is_zip, read_pt
+from bzstream.evaluation.reading.sandbox import Reader
+from bzstream.evaluation.rejection_codes import REJECTED, EvaluationError, Failure, Refusal
 from bzstream.tensorfile import tensor_bytes
 from tests.evaluation.hostile import FILES, honest, honest_pt
 
-Read = Callable[[bytes], list[Stored]]
+Read = Callable[[bytes], list[TensorLocation]]
 
 
 @pytest.fixture
-def read(wanted: tuple[Wanted, ...], bound: int) -> Read:
+def read(specs: tuple[TensorSpec, ...], bound: int) -> Read:
     """The reading process's work in this one: `test_pipeline.py` sends every hostile file through real ones."""
 
-    def run(data: bytes) -> list[Stored]:
+    def run(data: bytes) -> list[TensorLocation]:
         def pread(length: int, offset: int) -> bytes:
             return data[offset : offset + length]
 
-        found = survey(pread, len(data), wanted)
-        for stored, w in zip(found, wanted, strict=True):
-            check_values(pread, stored, w.dtype, bound)
+        found = check_layout(pread, len(data), specs)
+        for locations, w in zip(found, specs, strict=True):
+            check_values(pread, locations, w.dtype, bound)
         return found
 
     return run
@@ -74,17 +75,17 @@ def test_honest_files_are_read(
     make: Callable[[Any], bytes],
     reader: Reader,
     honest_tensors: dict[str, Any],
-    wanted: tuple[Wanted, ...],
+    specs: tuple[TensorSpec, ...],
     bound: int,
 ) -> None:
     data = make(honest_tensors)
     with tempfile.TemporaryFile() as file:
         file.write(data)
         file.flush()
-        found = reader.read(file.fileno(), len(data), wanted, bound)
-    for stored, w in zip(found, wanted, strict=True):
-        raw = data[stored.offset : stored.offset + stored.nbytes]
-        kind = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}[stored.dtype]
+        found = reader.read(file.fileno(), len(data), specs, bound)
+    for locations, w in zip(found, specs, strict=True):
+        raw = data[locations.offset : locations.offset + locations.nbytes]
+        kind = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}[locations.dtype]
         found = torch.frombuffer(bytearray(raw), dtype=kind).view(w.shape).float().numpy()
         assert np.allclose(found, honest_tensors[w.name], rtol=1e-2, atol=1e-6)
     assert reader.confinement == "seccomp"
@@ -103,9 +104,9 @@ def test_what_torch_save_writes_is_read(
     out = io.BytesIO()
     torch.save(tensors, out, pickle_protocol=protocol)
     data = out.getvalue()
-    for stored in read(data):
-        raw = data[stored.offset : stored.offset + stored.nbytes]
-        assert torch.frombuffer(bytearray(raw), dtype=torch.bfloat16).equal(tensors[stored.name].flatten())
+    for locations in read(data):
+        raw = data[locations.offset : locations.offset + locations.nbytes]
+        assert torch.frombuffer(bytearray(raw), dtype=torch.bfloat16).equal(tensors[locations.name].flatten())
 
 
 def _saved(value: object, **options: Any) -> bytes:
@@ -152,9 +153,9 @@ _FLOATS = [(source, published) for published, sources in CASTS.items() for sourc
 
 def _refusal(raw: bytes, source: str, published: str, bound: int = 1000) -> str | None:
     """The code that values end in, None when they pass."""
-    stored = Stored("x", source, (len(raw) // (tensor_bytes(source, (1,)) or 1),), 0, len(raw))
+    locations = TensorLocation("x", source, (len(raw) // (tensor_bytes(source, (1,)) or 1),), 0, len(raw))
     try:
-        check_values(lambda length, offset: raw[offset : offset + length], stored, published, bound)
+        check_values(lambda length, offset: raw[offset : offset + length], locations, published, bound)
     except Refusal as refusal:
         return refusal.code
     return None
@@ -206,7 +207,7 @@ def test_a_bad_value_is_found_wherever_it_is(data: st.DataObject) -> None:
 @given(st.lists(st.floats(width=16, allow_nan=False, allow_infinity=False), min_size=1, max_size=50))
 def test_the_bound_is_64_times_the_largest_published_magnitude_at_least_64(values: list[float]) -> None:
     raw = np.asarray(values, "<f2").tobytes()
-    bound = value_bound([published_exponent(lambda n, at: raw[at : at + n], 0, Wanted("x", "F16", (len(values),)))])
+    bound = value_bound([published_exponent(lambda n, at: raw[at : at + n], 0, TensorSpec("x", "F16", (len(values),)))])
     reach = 64 * max([1.0, *map(abs, values)])
     assert reach <= 2**bound <= 2 * reach
 
@@ -219,7 +220,7 @@ def test_subnormals_and_values_of_hard_training_pass() -> None:
 def test_a_published_slice_that_is_not_finite_is_our_fault() -> None:
     raw = np.asarray([1, np.inf], "<f4").tobytes()
     with pytest.raises(Failure) as caught:
-        published_exponent(lambda n, at: raw[at : at + n], 0, Wanted("x", "F32", (2,)))
+        published_exponent(lambda n, at: raw[at : at + n], 0, TensorSpec("x", "F32", (2,)))
     assert caught.value.code == "baseline_not_finite"
 
 
@@ -233,7 +234,7 @@ def test_a_published_slice_that_is_not_finite_is_our_fault() -> None:
 def test_a_damaged_file_is_refused_or_still_the_same_tensors(data: st.DataObject, pickled: bool) -> None:
     """Any byte changed, cut out or put in: a coded refusal, or ranges that lie in the file and do not overlap."""
     tensors = {"a": np.ones((2, 3), np.float32), "b": np.ones((4,), np.float32)}
-    wanted = [Wanted(name, "BF16", array.shape) for name, array in tensors.items()]
+    specs = [TensorSpec(name, "BF16", array.shape) for name, array in tensors.items()]
     raw = bytearray((honest_pt if pickled else honest)(tensors))
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(raw) - 1))
@@ -248,10 +249,10 @@ def test_a_damaged_file_is_refused_or_still_the_same_tensors(data: st.DataObject
             raw = bytearray(b"\0")
     whole = bytes(raw)
     try:
-        found = survey(lambda length, offset: whole[offset : offset + length], len(whole), wanted)
+        found = check_layout(lambda length, offset: whole[offset : offset + length], len(whole), specs)
     except Refusal:  # its code is in the table: the constructor sees to that
         return
-    spans = sorted((stored.offset, stored.offset + stored.nbytes) for stored in found)
+    spans = sorted((locations.offset, locations.offset + locations.nbytes) for locations in found)
     assert all(0 <= start <= end <= len(whole) for start, end in spans)
     assert spans[0][1] <= spans[1][0]
 
@@ -272,13 +273,13 @@ def test_the_formats_are_told_apart_by_their_first_bytes() -> None:
 
 
 def test_the_largest_file_has_room_for_float32_and_heads() -> None:
-    wanted = [Wanted("a", "BF16", (100,)), Wanted("b", "U8", (10,))]
-    assert 410 + (1 << 20) <= largest_file(wanted) <= 410 + (1 << 20) + 16384
+    specs = [TensorSpec("a", "BF16", (100,)), TensorSpec("b", "U8", (10,))]
+    assert 410 + (1 << 20) <= largest_file(specs) <= 410 + (1 << 20) + 16384
 
 
 def test_a_published_dtype_nobody_can_score_is_an_error() -> None:
     with pytest.raises(EvaluationError, match="cannot be evaluated"):
-        largest_file([Wanted("a", "C64", (1,))])
+        largest_file([TensorSpec("a", "C64", (1,))])
 
 
 # ---- The process --------------------------------------------------------------------------------------------------
@@ -294,14 +295,13 @@ def probe(code: str) -> str:
     ours, theirs = socket.socketpair()
     program = (
         "import sys, os, json, socket, subprocess, threading; sys.path[:] = sys.argv[2:]\n"
-        "from bzstream.evaluation import child\n"
-        "def read(fd, size, wanted, bound, *, seccomp):\n"
+        "from bzstream.evaluation.reading import sandbox_worker\n"
+        "def read(fd, size, specs, bound):\n"
         "    try:\n"
         + "".join(f"        {line}\n" for line in code.splitlines())
         + "    except BaseException as error:\n"
         "        return {'found': type(error).__name__ + ' ' + str(getattr(error, 'errno', ''))}\n"
-        "child._read = read\n"
-        "child.main(int(sys.argv[1]))\n"
+        "sandbox_worker.main(int(sys.argv[1]), read)\n"
     )
     with ours, theirs, tempfile.TemporaryFile() as file:
         process = subprocess.Popen(
@@ -311,12 +311,13 @@ def probe(code: str) -> str:
             stderr=subprocess.DEVNULL,
         )
         theirs.close()
-        body = json.dumps({"size": 0, "memory": 64 << 20, "cpu": 1, "wanted": [], "bound": 6}).encode()
+        body = json.dumps({"size": 0, "memory": 64 << 20, "cpu": 1, "specs": [], "bound": 6}).encode()
         socket.send_fds(ours, [len(body).to_bytes(8, "little")], [file.fileno()])
         ours.sendall(body)
         answer = b""
-        while piece := ours.recv(65536):
-            answer += piece
+        with contextlib.suppress(ConnectionResetError):  # it ended without having read the job
+            while piece := ours.recv(65536):
+                answer += piece
         status = process.wait(timeout=30)
     return str(json.loads(answer)["found"]) if answer else f"ended with {status}"
 
@@ -342,21 +343,23 @@ def test_the_reading_process_can_do_nothing_else(code: str, answer: str) -> None
     assert probe(code) == answer
 
 
-def test_a_file_that_takes_too_long_is_too_costly(wanted: tuple[Wanted, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_takes_too_long_is_too_costly(
+    specs: tuple[TensorSpec, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     impatient = Reader(memory=64 << 20, timeout=0.001)
     try:
         with tempfile.TemporaryFile() as file, pytest.raises(Refusal) as caught:
-            impatient.read(file.fileno(), 0, wanted, 6)
+            impatient.read(file.fileno(), 0, specs, 6)
         assert caught.value.code == "too_costly"
     finally:
         impatient.close()
 
 
-def test_a_reader_leaves_no_process_behind(wanted: tuple[Wanted, ...]) -> None:
+def test_a_reader_leaves_no_process_behind(specs: tuple[TensorSpec, ...]) -> None:
     before = _children()
     opened = Reader(memory=64 << 20, timeout=10)
     with tempfile.TemporaryFile() as file, pytest.raises(Refusal):
-        opened.read(file.fileno(), 0, wanted, 6)
+        opened.read(file.fileno(), 0, specs, 6)
     opened.warm_up()
     deadline = time.monotonic() + 10
     while not (children := _children() - before):
@@ -364,7 +367,7 @@ def test_a_reader_leaves_no_process_behind(wanted: tuple[Wanted, ...]) -> None:
     opened.close()
     assert not children & _children()
     with tempfile.TemporaryFile() as file, pytest.raises(Failure):
-        opened.read(file.fileno(), 0, wanted, 6)
+        opened.read(file.fileno(), 0, specs, 6)
 
 
 def _children() -> set[str]:

@@ -17,11 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bzstream.evaluation.codes import EvaluationError, Failure, ModelClosed, Refusal
-from bzstream.evaluation.judge import Judge
-from bzstream.evaluation.published import Published
-from bzstream.evaluation.readers import survey
-from bzstream.evaluation.resident import ResidentModel, Staged
+from bzstream.evaluation.baseline import BaselineModel
+from bzstream.evaluation.reading.layout import check_layout
+from bzstream.evaluation.rejection_codes import EvaluationError, Failure, ModelClosed, Refusal
+from bzstream.evaluation.scoring.resident_model import ResidentModel, Staged
+from bzstream.evaluation.scoring.scorer import Scorer
 from bzstream.model import BadCheckpoint, open_snapshot, publish
 from tests.evaluation.conftest import SEED, Toy
 from tests.model.test_families import FAMILIES, bits, qwen3_vl_moe
@@ -30,7 +30,7 @@ from tests.model.test_families import FAMILIES, bits, qwen3_vl_moe
 @contextlib.contextmanager
 def resident(store: Path, version: str = "a", **options: Any) -> Iterator[ResidentModel]:
     snapshot = open_snapshot(store / "snapshots" / version)
-    published = Published(snapshot)
+    published = BaselineModel(snapshot)
     try:
         yield ResidentModel(published, device="cpu", **options)
     finally:
@@ -42,8 +42,8 @@ def stage(model: ResidentModel, file: Path, group: int) -> Staged:
     fd = os.open(file, os.O_RDONLY)
     try:
         size = os.fstat(fd).st_size
-        stored = survey(lambda length, at: os.pread(fd, length, at), size, model.published.group(group).wanted)
-        return model.stage(fd, stored, group)
+        locations = check_layout(lambda length, at: os.pread(fd, length, at), size, model.published.group(group).specs)
+        return model.stage(fd, locations, group)
     finally:
         os.close(fd)
 
@@ -94,7 +94,7 @@ def test_every_family_loads_and_wears_a_slice_as_transformers_would(family: Any,
             expected = reference(input_ids=tokens, use_cache=False).logits
             assert torch.equal(found._logits(tokens), expected), "computed buffers (rotary tables) are not as built"
         staged = stage(found, tmp_path / "store-two" / "current" / "group-1.safetensors", 1)
-        with found.wearing(staged):
+        with found.swapped_in(staged):
             worn = state(found.module)
         for name, mine in ours.items():
             if ".mlp.experts." in name:
@@ -181,7 +181,7 @@ def test_a_model_of_the_validators_own(tmp_path: Path) -> None:
         windows = np.arange(24, dtype=np.int64).reshape(2, 12)
         before = found.window_losses(windows, batch=1)
         staged = stage(found, tmp_path / "store-two" / "current" / "group-1.safetensors", 1)
-        with found.wearing(staged):
+        with found.swapped_in(staged):
             worn = found.window_losses(windows, batch=1)
             assert state(found.module)["model.layers.0.mlp.experts.3.up_proj.weight"].equal(
                 state(two)["model.layers.0.mlp.experts.3.up_proj.weight"]
@@ -204,10 +204,10 @@ class Boom(Exception):
 
 
 def test_the_baseline_comes_back_after_a_fault_at_every_step(
-    judge: Judge, toy: Toy, monkeypatch: pytest.MonkeyPatch
+    scorer: Scorer, toy: Toy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An exception from each single copy of an exchange, in and out, and from scoring itself."""
-    model = judge.model
+    model = scorer.model
     baseline = state(model.module)
     real = torch.Tensor.copy_
     copies = 3 * len(model.pieces(1))
@@ -224,36 +224,36 @@ def test_the_baseline_comes_back_after_a_fault_at_every_step(
             return real(self, *arguments, **named)
 
         monkeypatch.setattr(torch.Tensor, "copy_", failing)
-        with pytest.raises(Boom), model.wearing(staged):
+        with pytest.raises(Boom), model.swapped_in(staged):
             pass
         monkeypatch.undo()
-        assert model.sound
+        assert model.is_baseline
         assert same(state(model.module), baseline), f"after a fault at copy {step}"
         staged.close()
     for raised in (Boom(), KeyboardInterrupt(), MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
         staged = stage(model, toy.improved, 1)
-        with pytest.raises((Boom, KeyboardInterrupt, Failure)), model.wearing(staged):
+        with pytest.raises((Boom, KeyboardInterrupt, Failure)), model.swapped_in(staged):
             raise raised
         assert same(state(model.module), baseline)
         staged.close()
     staged = stage(model, toy.improved, 1)
-    with model.wearing(staged):
+    with model.swapped_in(staged):
         assert not same(state(model.module), baseline), "nothing was worn"
     staged.close()
     assert model.differing() == []
 
 
-def test_a_flipped_bit_is_noticed(judge: Judge) -> None:
-    name, value = next((n, p) for n, p in judge.model.module.named_parameters() if "experts" in n)
+def test_a_flipped_bit_is_noticed(scorer: Scorer) -> None:
+    name, value = next((n, p) for n, p in scorer.model.module.named_parameters() if "experts" in n)
     flat = value.detach().view(-1).view(torch.uint8)
     flat[3] ^= 1
-    assert judge.model.differing() == [name]
+    assert scorer.model.differing() == [name]
     flat[3] ^= 1
-    assert judge.model.differing() == []
+    assert scorer.model.differing() == []
 
 
-def test_a_model_that_cannot_be_restored_says_so(judge: Judge, toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = judge.model
+def test_a_model_that_cannot_be_restored_says_so(scorer: Scorer, toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = scorer.model
 
     def broken(*_: Any) -> None:
         raise EvaluationError("the store is gone")
@@ -261,28 +261,28 @@ def test_a_model_that_cannot_be_restored_says_so(judge: Judge, toy: Toy, monkeyp
     staged = stage(model, toy.improved, 1)
     with monkeypatch.context() as patch:
         patch.setattr(model, "_load", broken)
-        with pytest.raises(EvaluationError, match="the store is gone"), model.wearing(staged):
+        with pytest.raises(EvaluationError, match="the store is gone"), model.swapped_in(staged):
             raise Boom
-    with pytest.raises(Failure, match="not the baseline"), model.wearing(staged):
+    with pytest.raises(Failure, match="not the baseline"), model.swapped_in(staged):
         pass
     model._reload(1)
-    assert model.sound
+    assert model.is_baseline
     assert model.differing() == []
     staged.close()
 
 
-def test_scoring_can_be_cancelled_between_batches(judge: Judge, toy: Toy) -> None:
+def test_scoring_can_be_cancelled_between_batches(scorer: Scorer, toy: Toy) -> None:
     cancelled = threading.Event()
-    baseline = state(judge.model.module)
-    judge.judge(stage(judge.model, toy.improved, 1), SEED, file_hash="")
+    baseline = state(scorer.model.module)
+    scorer.score(stage(scorer.model, toy.improved, 1), SEED, file_hash="")
     cancelled.set()
     with pytest.raises(InterruptedError):
-        judge.judge(stage(judge.model, toy.improved, 1), SEED, file_hash="", cancelled=cancelled.is_set)
-    assert same(state(judge.model.module), baseline)
+        scorer.score(stage(scorer.model, toy.improved, 1), SEED, file_hash="", cancelled=cancelled.is_set)
+    assert same(state(scorer.model.module), baseline)
 
 
-def test_two_buffers_and_no_more(judge: Judge, toy: Toy) -> None:
-    model = judge.model
+def test_two_buffers_and_no_more(scorer: Scorer, toy: Toy) -> None:
+    model = scorer.model
     held = [stage(model, toy.improved, 1) for _ in range(2)]
     third: list[Staged] = []
     waiting = threading.Thread(target=lambda: third.append(stage(model, toy.improved, 1)), daemon=True)
@@ -320,49 +320,49 @@ def test_whoever_waits_for_a_model_that_is_closed_is_told(toy: Toy) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_cast_submission_is_worn_in_the_published_dtype(
-    dtype: torch.dtype, judge: Judge, toy: Toy, tmp_path: Path
+    dtype: torch.dtype, scorer: Scorer, toy: Toy, tmp_path: Path
 ) -> None:
     tensors = load_file(toy.improved)
     save_file({name: tensor.to(dtype) for name, tensor in tensors.items()}, tmp_path / "cast.safetensors")
-    model = judge.model
+    model = scorer.model
     cast, plain = stage(model, tmp_path / "cast.safetensors", 1), stage(model, toy.improved, 1)
     if dtype is torch.float32:
         assert cast.weights == plain.weights, "the same weights have another hash in another dtype"
-    for view, wanted in zip(cast.views, model.published.group(1).wanted, strict=True):
-        assert torch.equal(bits(view), bits(tensors[wanted.name].to(dtype).to(torch.bfloat16)))
+    for view, specs in zip(cast.views, model.published.group(1).specs, strict=True):
+        assert torch.equal(bits(view), bits(tensors[specs.name].to(dtype).to(torch.bfloat16)))
     cast.close()
     plain.close()
 
 
-def test_a_loss_that_is_not_finite_ends_at_once(judge: Judge) -> None:
-    parameter = next(p for n, p in judge.model.module.named_parameters() if n.endswith("lm_head.weight"))
+def test_a_loss_that_is_not_finite_ends_at_once(scorer: Scorer) -> None:
+    parameter = next(p for n, p in scorer.model.module.named_parameters() if n.endswith("lm_head.weight"))
     kept = parameter.detach().clone()
     parameter.detach()[0, 0] = float("inf")
-    losses = judge.model.window_losses(np.zeros((6, 16), np.int64), batch=2)
+    losses = scorer.model.window_losses(np.zeros((6, 16), np.int64), batch=2)
     parameter.detach().copy_(kept)
     assert len(losses) == 2
     assert not np.isfinite(losses).any()
 
 
-def test_a_change_that_is_not_finite_has_no_sketch(judge: Judge, toy: Toy, tmp_path: Path) -> None:
+def test_a_change_that_is_not_finite_has_no_sketch(scorer: Scorer, toy: Toy, tmp_path: Path) -> None:
     """Two values that are finite in bfloat16, and whose sum is not in float32, past every check of the file."""
     tensors = load_file(toy.improved)
     for tensor in tensors.values():
         tensor.fill_(torch.finfo(torch.bfloat16).max)
     save_file(tensors, tmp_path / "enormous.safetensors")
-    staged = stage(judge.model, tmp_path / "enormous.safetensors", 1)
+    staged = stage(scorer.model, tmp_path / "enormous.safetensors", 1)
     with pytest.raises(Refusal) as caught:
-        judge.judge(staged, SEED, file_hash="")
+        scorer.score(staged, SEED, file_hash="")
     assert caught.value.code == "non_finite"
-    assert judge.model.differing() == []
+    assert scorer.model.differing() == []
 
 
-def test_the_loss_is_transformers_own(judge: Judge, toy: Toy) -> None:
+def test_the_loss_is_transformers_own(scorer: Scorer, toy: Toy) -> None:
     tokens = torch.from_numpy(np.load(toy.data)[:64].astype(np.int64))[None]
     with torch.inference_mode():
-        logits = judge.model.module(input_ids=tokens, use_cache=False).logits[0, :-1].float()
+        logits = scorer.model.module(input_ids=tokens, use_cache=False).logits[0, :-1].float()
     expected = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum")
-    assert judge.model.window_losses(tokens.numpy(), batch=1) == pytest.approx([float(expected)], rel=1e-5)
+    assert scorer.model.window_losses(tokens.numpy(), batch=1) == pytest.approx([float(expected)], rel=1e-5)
 
 
 def test_peak_memory_is_the_model_and_less_than_three_slices(tmp_path: Path) -> None:

@@ -16,13 +16,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bzstream.evaluation.codes import FAILED, REJECTED, EvaluationError
-from bzstream.evaluation.data import Tokens, load_tokens
-from bzstream.evaluation.judge import Judge
-from bzstream.evaluation.ptfile import Stored
 from bzstream.evaluation.records import Evaluation, Records
-from bzstream.evaluation.repeating import compare
-from bzstream.evaluation.scoring import (
+from bzstream.evaluation.rejection_codes import FAILED, REJECTED, EvaluationError
+from bzstream.evaluation.reproduce import compare
+from bzstream.evaluation.scoring.data import Tokens, load_tokens
+from bzstream.evaluation.scoring.losses import (
     Fingerprint,
     choose_windows,
     copies,
@@ -31,6 +29,7 @@ from bzstream.evaluation.scoring import (
     score,
     unpack_sketch,
 )
+from bzstream.evaluation.scoring.scorer import Scorer
 from bzstream.submissions.ledger import Ledger
 from tests.evaluation.conftest import SEED, Toy
 
@@ -132,23 +131,23 @@ def test_the_order_of_arrival_does_not_matter(order: list[int]) -> None:
     assert copies([rows[i] for i in order], 0.1) == {"2": "1", "4": "3"}
 
 
-def staged_from(judge: Judge, tensors: dict[str, np.ndarray], tmp_path: Path, group: int = 1) -> object:
-    from bzstream.evaluation.readers import survey
+def staged_from(scorer: Scorer, tensors: dict[str, np.ndarray], tmp_path: Path, group: int = 1) -> object:
+    from bzstream.evaluation.reading.layout import check_layout
     from tests.evaluation.hostile import honest
 
     path = tmp_path / "slice"
     path.write_bytes(honest(tensors, "F32"))
     fd = os.open(path, os.O_RDONLY)
     try:
-        part = judge.model.published.group(group)
-        stored: list[Stored] = survey(lambda n, at: os.pread(fd, n, at), path.stat().st_size, part.wanted)
-        return judge.stage(fd, stored, group)
+        part = scorer.model.published.group(group)
+        locations = check_layout(lambda n, at: os.pread(fd, n, at), path.stat().st_size, part.specs)
+        return scorer.stage(fd, locations, group)
     finally:
         os.close(fd)
 
 
 def test_the_sketch_measures_distances(
-    judge: Judge, honest_tensors: dict[str, np.ndarray], baseline_tensors: dict[str, np.ndarray], tmp_path: Path
+    scorer: Scorer, honest_tensors: dict[str, np.ndarray], baseline_tensors: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     """Against the real distance, and with the noise laid out along the tile's period to defeat a naive sketch."""
     rng = np.random.default_rng(0)
@@ -160,9 +159,9 @@ def test_the_sketch_measures_distances(
         return made, math.sqrt(sum(squares))
 
     def sketch(tensors: dict[str, np.ndarray], seed: str = SEED) -> np.ndarray:
-        staged = staged_from(judge, tensors, tmp_path)
+        staged = staged_from(scorer, tensors, tmp_path)
         try:
-            return np.asarray(judge.model.sketch(staged, seed))  # type: ignore[arg-type]
+            return np.asarray(scorer.model.sketch(staged, seed))  # type: ignore[arg-type]
         finally:
             staged.close()  # type: ignore[attr-defined]
 
@@ -188,10 +187,10 @@ def test_sketches_survive_the_ledger(values: list[float]) -> None:
 
 
 def test_a_repeat_is_bit_identical_and_a_difference_is_explained(
-    judge: Judge, honest_tensors: dict[str, np.ndarray], tmp_path: Path
+    scorer: Scorer, honest_tensors: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     first, second = (
-        judge.judge(staged_from(judge, honest_tensors, tmp_path), SEED, file_hash="sha256:x").evaluation  # type: ignore[arg-type]
+        scorer.score(staged_from(scorer, honest_tensors, tmp_path), SEED, file_hash="sha256:x").evaluation  # type: ignore[arg-type]
         for _ in range(2)
     )
     assert compare(first, second) == []
@@ -204,9 +203,9 @@ def test_a_repeat_is_bit_identical_and_a_difference_is_explained(
     assert compare(first, msgspec.structs.replace(second, tokens_hash="")) == ["the evaluation data is not the same"]
 
 
-def test_the_record_survives_the_ledger(tmp_path: Path, judge: Judge, honest_tensors: dict[str, np.ndarray]) -> None:
-    verdict = judge.judge(
-        staged_from(judge, honest_tensors, tmp_path),  # type: ignore[arg-type]
+def test_the_record_survives_the_ledger(tmp_path: Path, scorer: Scorer, honest_tensors: dict[str, np.ndarray]) -> None:
+    verdict = scorer.score(
+        staged_from(scorer, honest_tensors, tmp_path),  # type: ignore[arg-type]
         SEED,
         file_hash="sha256:x",
         submission_id="id",

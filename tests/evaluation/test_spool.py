@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bzstream.evaluation.codes import EvaluationError, Failure
+from bzstream.evaluation.rejection_codes import EvaluationError, Failure
 from bzstream.evaluation.spool import Spool, SpoolEntry
 
 LIMIT = 100

@@ -6,7 +6,7 @@ import threading
 import time
 from typing import NamedTuple
 
-from bzstream.evaluation.codes import Refusal
+from bzstream.evaluation.rejection_codes import Refusal
 
 __all__ = ["CancelledFetch", "FetchBudget", "Limits", "OtherConnectionFailed"]
 

@@ -25,9 +25,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from bzstream.evaluation.codes import Failure, Refusal
 from bzstream.evaluation.fetching.budget import CancelledFetch, FetchBudget, Limits, OtherConnectionFailed
 from bzstream.evaluation.fetching.safe_connect import SafeConnector, Target
+from bzstream.evaluation.rejection_codes import Failure, Refusal
 from bzstream.httpclient import (
     Connection,
     ConnectionLost,

@@ -20,8 +20,8 @@ from typing import Literal, NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 from bzstream.config import SubmitSettings
-from bzstream.evaluation.codes import Refusal
 from bzstream.evaluation.fetching.budget import FetchBudget
+from bzstream.evaluation.rejection_codes import Refusal
 from bzstream.httpclient import DEFAULT_PORTS, Connection, Origin, SocketAddress, connect_first, resolve, start_tls
 from bzstream.submissions.urls import InvalidUrl, check_url, is_public_address
 

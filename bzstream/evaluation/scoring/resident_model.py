@@ -9,7 +9,7 @@ model needs no second copy, not even of the slice, and the restored baseline is 
 
 If anything fails between the two exchanges (out of memory, a device error, cancellation), which bytes lie where is no
 longer certain; then the group is read again from the snapshot's files. If even that fails the model says that it is
-not `sound`, and whoever owns it loads it anew.
+not `is_baseline`, and whoever owns it loads it anew.
 
 Memory: the model, two staging buffers (one worn, one being filled), one expert's row of scratch.
 All methods that touch parameters belong to one thread at a time; `stage` may run in another beside it.
@@ -28,14 +28,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bzstream.evaluation.bindings import Piece, bind, missing
-from bzstream.evaluation.codes import EvaluationError, Failure, ModelClosed, Refusal
-from bzstream.evaluation.module import DTYPES, build_module, ignored_names, map_errors, state_of
-from bzstream.evaluation.ptfile import ITEM_SIZES, Stored
-from bzstream.evaluation.published import Part, Published, read_into
-from bzstream.evaluation.readers import Wanted
-from bzstream.evaluation.scoring import SKETCH, derive
-from bzstream.evaluation.staging import CHUNK, fill, layout, memory_of
+from bzstream.evaluation.baseline import BaselineModel, UnitTensors, read_into
+from bzstream.evaluation.reading.layout import TensorSpec
+from bzstream.evaluation.reading.ptfile import ITEM_SIZES, TensorLocation
+from bzstream.evaluation.rejection_codes import EvaluationError, Failure, ModelClosed, Refusal
+from bzstream.evaluation.scoring.bindings import Binding, bind, missing
+from bzstream.evaluation.scoring.losses import SKETCH, derive
+from bzstream.evaluation.scoring.module import DTYPES, build_module, ignored_names, map_errors, state_of
+from bzstream.evaluation.scoring.staging import CHUNK, fill, layout, memory_of
 from bzstream.model.naming import expert_name
 
 __all__ = ["ResidentModel", "Staged"]
@@ -74,12 +74,12 @@ class ResidentModel:
     Raises EvaluationError from the constructor when the config's model and the published tensors do not fit.
     """
 
-    def __init__(self, published: Published, *, device: str, factory: str | None = None) -> None:
+    def __init__(self, published: BaselineModel, *, device: str, factory: str | None = None) -> None:
         """`device`: a torch device; `factory`: `module:function` that takes the config (a dict) and gives the model."""
         self.published = published
         self.device = torch.device(device)
-        self.sound = False
-        """Whether every parameter is the baseline's (outside of `wearing`)."""
+        self.is_baseline = False
+        """Whether every parameter is the baseline's (outside of `swapped_in`)."""
         self._cuda = self.device.type == "cuda"
         full = published.full
         with map_errors():
@@ -87,7 +87,7 @@ class ResidentModel:
             self._regions = {name: value.detach() for name, value in state_of(self.module).items()}
             shapes = {name: tuple(value.shape) for name, value in self._regions.items()}
             ignored = ignored_names(self.module)
-            self._full = bind(full.wanted, shapes, square_is_native=published.square_is_native, ignored=ignored)
+            self._full = bind(full.specs, shapes, square_is_native=published.square_is_native, ignored=ignored)
             unfilled = missing(self._full, shapes)
             if unfilled:
                 raise EvaluationError(
@@ -95,7 +95,7 @@ class ResidentModel:
                     f"{len(unfilled) - 1} more); check config.json or set evaluation.model"
                 )
             self._shapes = shapes
-            self._pieces: dict[int, list[Piece]] = {}
+            self._pieces: dict[int, list[Binding]] = {}
             self._buffers: list[_Buffer] = []
             self._free: list[_Buffer] = []
             self._changed = threading.Condition()
@@ -104,7 +104,7 @@ class ResidentModel:
             self._pinned_lock = threading.Lock()
             self._side = torch.cuda.Stream(self.device) if self._cuda else None
             self._load(full, self._full)
-        self.sound = True
+        self.is_baseline = True
 
     @property
     def vocabulary(self) -> int:
@@ -120,86 +120,86 @@ class ResidentModel:
 
     # ---- Loading and checking -----------------------------------------------------------------------------------
 
-    def _load(self, part: Part, pieces: Sequence[Piece]) -> None:
+    def _load(self, unit: UnitTensors, pieces: Sequence[Binding]) -> None:
         """Copy published bytes into the parameters, piece by piece, through at most `CHUNK` of host memory."""
-        for piece, region, offset, wanted in self._walk(part, pieces):
-            dtype = DTYPES[wanted.dtype]
+        for piece, region, offset, spec in self._walk(unit, pieces):
+            dtype = DTYPES[spec.dtype]
             direct = region.device.type == "cpu" and region.dtype == dtype
             if direct and region.is_contiguous():
-                read_into(part.payload, offset, memory_of(region))
+                read_into(unit.payload, offset, memory_of(region))
             elif region.is_contiguous() and not piece.transposed:
                 flat = region.view(-1)
-                step = CHUNK // ITEM_SIZES[wanted.dtype]
+                step = CHUNK // ITEM_SIZES[spec.dtype]
                 for start in range(0, flat.numel(), step):
                     aim = flat[start : start + step]
                     host = torch.empty(aim.numel(), dtype=dtype, pin_memory=self._cuda)
-                    read_into(part.payload, offset + start * ITEM_SIZES[wanted.dtype], memory_of(host))
+                    read_into(unit.payload, offset + start * ITEM_SIZES[spec.dtype], memory_of(host))
                     aim.copy_(host)
             else:
                 host = torch.empty(region.shape, dtype=dtype, pin_memory=self._cuda)
-                read_into(part.payload, offset, memory_of(host))
+                read_into(unit.payload, offset, memory_of(host))
                 region.copy_(host)
 
     def differing(self) -> list[str]:
         """Parameters that are not the published ones bit for bit; [] when all are. Reads the whole model."""
         found: dict[str, None] = {}
-        for piece, region, offset, wanted in self._walk(self.published.full, self._full):
-            host = torch.empty(region.shape, dtype=DTYPES[wanted.dtype])
+        for piece, region, offset, spec in self._walk(self.published.full, self._full):
+            host = torch.empty(region.shape, dtype=DTYPES[spec.dtype])
             read_into(self.published.full.payload, offset, memory_of(host))
             expected = host.to(region.dtype).contiguous()
             if bytes(memory_of(region.cpu().contiguous())) != bytes(memory_of(expected)):
                 found[piece.parameter] = None
         return list(found)
 
-    def _walk(self, part: Part, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, torch.Tensor, int, Wanted]]:
+    def _walk(
+        self, unit: UnitTensors, pieces: Sequence[Binding]
+    ) -> Iterator[tuple[Binding, torch.Tensor, int, TensorSpec]]:
         """Each piece with its region of the parameter (in the published orientation) and its byte in the payload."""
         for piece in pieces:
-            wanted = part.wanted[piece.tensor]
-            row = 0 if piece.row is None else piece.row * (wanted.nbytes // max(1, wanted.shape[0]))
-            yield piece, self._region(piece), part.offsets[piece.tensor] + row, wanted
+            spec = unit.specs[piece.tensor]
+            row = 0 if piece.row is None else piece.row * (spec.nbytes // max(1, spec.shape[0]))
+            yield piece, self._region(piece), unit.offsets[piece.tensor] + row, spec
 
-    def _region(self, piece: Piece) -> torch.Tensor:
+    def _region(self, piece: Binding) -> torch.Tensor:
         region = self._regions[piece.parameter]
         if piece.expert is not None:
             region = region[piece.expert]
-        if piece.part is not None:
-            region = region[piece.part[0] : piece.part[1]]
+        if piece.span is not None:
+            region = region[piece.span[0] : piece.span[1]]
         return region.transpose(-1, -2) if piece.transposed else region
 
-    def pieces(self, group: int) -> list[Piece]:
+    def pieces(self, group: int) -> list[Binding]:
         """Where a group's slice lies. Raises EvaluationError when it does not fit, Failure `unknown_group`."""
         if group not in self._pieces:
-            part = self.published.group(group)
-            pieces = bind(part.wanted, self._shapes, rows=part.rows, square_is_native=self.published.square_is_native)
+            unit = self.published.group(group)
+            pieces = bind(unit.specs, self._shapes, rows=unit.rows, square_is_native=self.published.square_is_native)
             for piece in pieces:
-                wanted = part.wanted[piece.tensor]
-                if self._regions[piece.parameter].dtype != DTYPES[wanted.dtype]:
-                    raise EvaluationError(
-                        f"{wanted.name!r} is published as {wanted.dtype}, unlike the model's parameter"
-                    )
+                spec = unit.specs[piece.tensor]
+                if self._regions[piece.parameter].dtype != DTYPES[spec.dtype]:
+                    raise EvaluationError(f"{spec.name!r} is published as {spec.dtype}, unlike the model's parameter")
             self._pieces[group] = pieces
         return self._pieces[group]
 
     # ---- Staging ------------------------------------------------------------------------------------------------
 
-    def stage(self, fd: int, stored: Sequence[Stored], group: int) -> Staged:
+    def stage(self, fd: int, locations: Sequence[TensorLocation], group: int) -> Staged:
         """Read a checked file's tensors into a staging buffer, cast to the published dtypes. Blocks for a buffer.
 
-        `stored`: as `sandbox.Reader.read` returned it for this group. Raises Failure.
+        `locations`: as `sandbox.Reader.read` returned it for this group. Raises Failure.
         """
-        part = self.published.group(group)
+        unit = self.published.group(group)
         self.pieces(group)
-        starts, size = layout(part.wanted)
+        starts, size = layout(unit.specs)
         with map_errors():
             buffer = self._take(size)
             try:
                 if self._cuda:
-                    weights = self._stage_cuda(fd, stored, part, starts, size, buffer)
+                    weights = self._stage_cuda(fd, locations, unit, starts, size, buffer)
                 else:
-                    weights = fill(fd, stored, part.wanted, starts, buffer.data)
+                    weights = fill(fd, locations, unit.specs, starts, buffer.data)
                 views = [
-                    buffer.data[start : start + wanted.nbytes].view(DTYPES[wanted.dtype]).view(wanted.shape)
-                    for start, wanted in zip(starts, part.wanted, strict=True)
+                    buffer.data[start : start + spec.nbytes].view(DTYPES[spec.dtype]).view(spec.shape)
+                    for start, spec in zip(starts, unit.specs, strict=True)
                 ]
                 return Staged(group, views, weights, lambda: self._release(buffer))
             except BaseException:
@@ -207,13 +207,19 @@ class ResidentModel:
                 raise
 
     def _stage_cuda(
-        self, fd: int, stored: Sequence[Stored], part: Part, starts: Sequence[int], size: int, buffer: _Buffer
+        self,
+        fd: int,
+        locations: Sequence[TensorLocation],
+        unit: UnitTensors,
+        starts: Sequence[int],
+        size: int,
+        buffer: _Buffer,
     ) -> str:
         with self._pinned_lock:
             if self._pinned is None or self._pinned.numel() < size:
                 self._pinned = None  # the old one goes before the new one comes
                 self._pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            weights = fill(fd, stored, part.wanted, starts, self._pinned)
+            weights = fill(fd, locations, unit.specs, starts, self._pinned)
             assert self._side is not None
             with torch.cuda.stream(self._side):
                 self._side.wait_event(buffer.free)  # the exchange that still reads this buffer
@@ -248,15 +254,15 @@ class ResidentModel:
     # ---- Wearing and scoring --------------------------------------------------------------------------------------
 
     @contextmanager
-    def wearing(self, staged: Staged) -> Iterator[None]:
+    def swapped_in(self, staged: Staged) -> Iterator[None]:
         """The model with the submission's experts inside the block, and the baseline's before and after it.
 
         When the block raises, what was staged is spent: its buffer may hold either side's bytes.
         """
-        if not self.sound:
+        if not self.is_baseline:
             raise Failure("internal_error", "the model is not the baseline; load it again")
         pieces = self.pieces(staged.group)
-        self.sound = False
+        self.is_baseline = False
         try:
             with map_errors(), torch.inference_mode():
                 self._exchange(pieces, staged)
@@ -264,9 +270,9 @@ class ResidentModel:
                 self._exchange(pieces, staged)
                 if self._cuda:
                     torch.cuda.current_stream(self.device).synchronize()
-            self.sound = True
+            self.is_baseline = True
         finally:
-            if not self.sound:
+            if not self.is_baseline:
                 self._reload(staged.group)
 
     def _reload(self, group: int) -> None:
@@ -275,9 +281,9 @@ class ResidentModel:
                 torch.cuda.synchronize(self.device)
                 torch.cuda.empty_cache()
             self._load(self.published.group(group), self.pieces(group))
-        self.sound = True
+        self.is_baseline = True
 
-    def _exchange(self, pieces: Sequence[Piece], staged: Staged) -> None:
+    def _exchange(self, pieces: Sequence[Binding], staged: Staged) -> None:
         scratch: torch.Tensor | None = None
         for piece in pieces:
             region = self._region(piece)
@@ -368,7 +374,7 @@ class ResidentModel:
 
     def close(self) -> None:
         """Free the model's memory; the object is of no use after, and `stage` raises ModelClosed."""
-        self.sound = False
+        self.is_baseline = False
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -387,9 +393,9 @@ def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return losses.double().sum()
 
 
-def _expert_dtype(published: Published) -> torch.dtype:
+def _expert_dtype(published: BaselineModel) -> torch.dtype:
     """The dtype of the experts is the model's: they are what is trained and exchanged."""
-    for wanted in published.full.wanted:
-        if expert_name(wanted.name) is not None and DTYPES[wanted.dtype].is_floating_point:
-            return DTYPES[wanted.dtype]
+    for spec in published.full.specs:
+        if expert_name(spec.name) is not None and DTYPES[spec.dtype].is_floating_point:
+            return DTYPES[spec.dtype]
     raise EvaluationError(f"version {published.version} has no expert tensors of a floating-point dtype")

@@ -27,9 +27,9 @@ from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
-from bzstream.evaluation.codes import Refusal
+from bzstream.evaluation.rejection_codes import Refusal
 
-__all__ = ["ITEM_SIZES", "Stored", "is_zip", "read_pt"]
+__all__ = ["ITEM_SIZES", "TensorLocation", "is_zip", "read_pt"]
 
 ITEM_SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -38,7 +38,7 @@ ITEM_SIZES = {
 """Bytes of one element, by safetensors dtype name."""
 
 
-class Stored(NamedTuple):
+class TensorLocation(NamedTuple):
     """One tensor's bytes in a file: C-contiguous little-endian elements at [offset, offset + nbytes)."""
 
     name: str
@@ -53,7 +53,7 @@ def is_zip(start: bytes) -> bool:
     return start[:4] == b"PK\x03\x04"
 
 
-def read_pt(pread: Callable[[int, int], bytes], size: int, *, max_tensors: int) -> list[Stored]:
+def read_pt(pread: Callable[[int, int], bytes], size: int, *, max_tensors: int) -> list[TensorLocation]:
     """The tensors of a `torch.save` state dict of at most `max_tensors` tensors, in its own order.
 
     `pread(length, offset)` reads the file of `size` bytes. Raises Refusal `not_safetensors_or_pt` for a zip that
@@ -83,9 +83,9 @@ def read_pt(pread: Callable[[int, int], bytes], size: int, *, max_tensors: int) 
     return _place(described, storages)
 
 
-def _place(described: dict[str, _Tensor], storages: dict[str, tuple[int, int]]) -> list[Stored]:
+def _place(described: dict[str, _Tensor], storages: dict[str, tuple[int, int]]) -> list[TensorLocation]:
     """Join the pickle's tensors with the zip's storages, one to one."""
-    found: list[Stored] = []
+    found: list[TensorLocation] = []
     used: set[str] = set()
     for name, tensor in described.items():
         storage, shape = tensor.storage, tensor.shape
@@ -103,7 +103,7 @@ def _place(described: dict[str, _Tensor], storages: dict[str, tuple[int, int]]) 
             if extent != 1 and step != stride:
                 raise Refusal("bad_layout", "a tensor is not contiguous; call contiguous() before saving")
             stride *= extent
-        found.append(Stored(name, storage.dtype, shape, offset, length))
+        found.append(TensorLocation(name, storage.dtype, shape, offset, length))
     if used != set(storages):
         raise Refusal("bad_layout", "the file holds storages that no tensor uses")
     return found
@@ -158,14 +158,14 @@ def _zip_entries(pread: Callable[[int, int], bytes], size: int, *, max_directory
     spans: list[tuple[int, int]] = []
     position = 0
     for _ in range(count):
-        name, header_at, stored, position = _central_entry(directory, position)
+        name, header_at, locations, position = _central_entry(directory, position)
         if name in entries:
             raise _broken("an entry appears twice")
         data_at = _data_offset(pread, header_at, name, start)
-        if data_at + stored > start:
+        if data_at + locations > start:
             raise _broken("an entry reaches into the directory")
-        entries[name] = (data_at, stored)
-        spans.append((header_at, data_at + stored))
+        entries[name] = (data_at, locations)
+        spans.append((header_at, data_at + locations))
     if position != length:
         raise _broken("its directory holds more than its entries")
     spans.sort()
@@ -175,7 +175,7 @@ def _zip_entries(pread: Callable[[int, int], bytes], size: int, *, max_directory
 
 
 def _central_entry(directory: bytes, position: int) -> tuple[str, int, int, int]:
-    """One central header: (name, offset of its local header, bytes stored, position of the next header)."""
+    """One central header: (name, offset of its local header, bytes locations, position of the next header)."""
     if position + _CENTRAL.size > len(directory):
         raise _broken("its directory is cut")
     (mark, _made, _needed, flags, method, _time, _date, _crc, packed, plain, name_len, extra_len, comment_len, disk,
@@ -203,7 +203,7 @@ def _central_entry(directory: bytes, position: int) -> tuple[str, int, int, int]
             value = wide.pop(0)
         values.append(value)
     if values[0] != values[1]:
-        raise _broken("an entry's stored size differs from its real size")
+        raise _broken("an entry's locations size differs from its real size")
     return name, values[2], values[0], next_at
 
 

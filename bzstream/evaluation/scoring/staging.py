@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from blake3 import blake3
 
-from bzstream.evaluation.codes import Failure
-from bzstream.evaluation.module import DTYPES
-from bzstream.evaluation.ptfile import ITEM_SIZES, Stored
-from bzstream.evaluation.readers import Wanted
+from bzstream.evaluation.reading.layout import TensorSpec
+from bzstream.evaluation.reading.ptfile import ITEM_SIZES, TensorLocation
+from bzstream.evaluation.rejection_codes import Failure
+from bzstream.evaluation.scoring.module import DTYPES
 
 __all__ = ["CHUNK", "fill", "layout", "memory_of"]
 
@@ -33,21 +33,23 @@ def memory_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
 
 
-def layout(wanted: Sequence[Wanted]) -> tuple[list[int], int]:
+def layout(specs: Sequence[TensorSpec]) -> tuple[list[int], int]:
     """(byte of each tensor in a staging buffer, bytes in all)"""
     starts: list[int] = []
     end = 0
-    for each in wanted:
+    for each in specs:
         starts.append(end)
         end += -(-each.nbytes // _ALIGN) * _ALIGN
     return starts, end
 
 
-def fill(fd: int, stored: Sequence[Stored], wanted: Sequence[Wanted], starts: Sequence[int], host: torch.Tensor) -> str:
+def fill(
+    fd: int, locations: Sequence[TensorLocation], specs: Sequence[TensorSpec], starts: Sequence[int], host: torch.Tensor
+) -> str:
     """Read the tensors into host memory, cast them, and hash them (BLAKE3 over the published dtype and order)."""
     hasher = blake3()
     memory = memory_of(host)
-    for source, aim, start in zip(stored, wanted, starts, strict=True):
+    for source, aim, start in zip(locations, specs, starts, strict=True):
         here = memory[start : start + aim.nbytes]
         if source.dtype == aim.dtype:
             for at in range(0, aim.nbytes, _HOT):

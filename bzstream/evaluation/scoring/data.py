@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bzstream.evaluation.codes import EvaluationError
+from bzstream.evaluation.rejection_codes import EvaluationError
 from bzstream.tensorfile import TensorFileError, read_head
 from bzstream.util.dtypes import DTYPES
 

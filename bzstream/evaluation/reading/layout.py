@@ -24,27 +24,27 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bzstream.evaluation.codes import EvaluationError, Failure, Refusal
-from bzstream.evaluation.ptfile import ITEM_SIZES, Stored, is_zip, read_pt
+from bzstream.evaluation.reading.ptfile import ITEM_SIZES, TensorLocation, is_zip, read_pt
+from bzstream.evaluation.rejection_codes import EvaluationError, Failure, Refusal
 from bzstream.tensorfile import MAX_HEAD, Head, TensorFileError, head_size, parse_head
 
 __all__ = [
     "CASTS",
-    "Wanted",
+    "TensorSpec",
     "allowed_dtypes",
+    "check_layout",
     "check_values",
     "largest_file",
     "published_exponent",
-    "survey",
+    "specs_of",
     "value_bound",
-    "wanted_of",
 ]
 
 Pread = Callable[[int, int], bytes]
 """`pread(length, offset)`: up to `length` bytes of the file from `offset`."""
 
 
-class Wanted(NamedTuple):
+class TensorSpec(NamedTuple):
     """One tensor of a published slice."""
 
     name: str
@@ -83,13 +83,13 @@ _REACH = 6
 """Training reaches less than 2**6 = 64 times the largest published magnitude."""
 
 _EXACT = ("U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64")
-"""Published dtypes that have no infinities and take no cast."""
+"""BaselineModel dtypes that have no infinities and take no cast."""
 
 CASTS: Mapping[str, tuple[str, ...]] = {
     **{published: tuple(f for f, p in _FIRST_BAD if p == published) for _, published in _FIRST_BAD},
     **{dtype: (dtype,) for dtype in _EXACT},
 }
-"""Published dtype -> dtypes a submission may use for it. float32, bfloat16 and float16 are cast to each other."""
+"""BaselineModel dtype -> dtypes a submission may use for it. float32, bfloat16 and float16 are cast to each other."""
 
 _CHUNK = 256 * 1024
 """Bytes looked at together: small enough to stay in the second-level cache between read, AND and maximum."""
@@ -102,56 +102,56 @@ def allowed_dtypes(published: str) -> tuple[str, ...]:
     return CASTS[published]
 
 
-def wanted_of(head: Head) -> tuple[Wanted, ...]:
+def specs_of(head: Head) -> tuple[TensorSpec, ...]:
     """What a submission for a slice must hold, from the published slice's own head."""
     for tensor in head.tensors:
         allowed_dtypes(tensor.dtype)
-    return tuple(Wanted(t.name, t.dtype, t.shape) for t in head.tensors)
+    return tuple(TensorSpec(t.name, t.dtype, t.shape) for t in head.tensors)
 
 
-def largest_file(wanted: Sequence[Wanted]) -> int:
+def largest_file(specs: Sequence[TensorSpec]) -> int:
     """Bytes of the largest honest file: every tensor in its widest allowed dtype, and room for heads."""
-    widest = (prod(w.shape) * max(ITEM_SIZES[d] for d in allowed_dtypes(w.dtype)) for w in wanted)
-    return sum(widest) + _max_head(wanted) + 4096 * len(wanted)
+    widest = (prod(w.shape) * max(ITEM_SIZES[d] for d in allowed_dtypes(w.dtype)) for w in specs)
+    return sum(widest) + _max_head(specs) + 4096 * len(specs)
 
 
-def survey(pread: Pread, size: int, wanted: Sequence[Wanted]) -> list[Stored]:
-    """Where each wanted tensor lies in the file, in the order of `wanted`.
+def check_layout(pread: Pread, size: int, specs: Sequence[TensorSpec]) -> list[TensorLocation]:
+    """Where each specs tensor lies in the file, in the order of `specs`.
 
     Raises Refusal: `not_safetensors_or_pt`, `unsafe_pickle`, `bad_layout`, `wrong_keys`, `wrong_dtype`, `wrong_shape`.
     """
     start = pread(8, 0)
-    found = read_pt(pread, size, max_tensors=len(wanted)) if is_zip(start) else _safetensors(pread, start, size, wanted)
-    by_name = {stored.name: stored for stored in found}
-    if len(by_name) != len(wanted) or any(w.name not in by_name for w in wanted):
-        missing = [w.name for w in wanted if w.name not in by_name]
-        known = {w.name for w in wanted}
+    found = read_pt(pread, size, max_tensors=len(specs)) if is_zip(start) else _safetensors(pread, start, size, specs)
+    by_name = {location.name: location for location in found}
+    if len(by_name) != len(specs) or any(w.name not in by_name for w in specs):
+        missing = [w.name for w in specs if w.name not in by_name]
+        known = {w.name for w in specs}
         extra = [name for name in by_name if name not in known]
         # The file's own names are shown escaped and cut: they end in a log and on a person's terminal.
         what = f"{missing[0]!r} is missing" if missing else f"{extra[0][:120]!a} does not belong to it"
         raise Refusal("wrong_keys", f"the tensors are not exactly those of the group's slice: {what}")
-    for w in wanted:
-        stored = by_name[w.name]
-        if stored.dtype not in allowed_dtypes(w.dtype):
+    for w in specs:
+        location = by_name[w.name]
+        if location.dtype not in allowed_dtypes(w.dtype):
             allowed = " or ".join(allowed_dtypes(w.dtype))
-            raise Refusal("wrong_dtype", f"{w.name!r} is {stored.dtype}; it must be {allowed}")
-        if stored.shape != w.shape:
-            raise Refusal("wrong_shape", f"{w.name!r} has shape {list(stored.shape)[:8]}, not {list(w.shape)}")
-    return [by_name[w.name] for w in wanted]
+            raise Refusal("wrong_dtype", f"{w.name!r} is {location.dtype}; it must be {allowed}")
+        if location.shape != w.shape:
+            raise Refusal("wrong_shape", f"{w.name!r} has shape {list(location.shape)[:8]}, not {list(w.shape)}")
+    return [by_name[w.name] for w in specs]
 
 
-def _safetensors(pread: Pread, start: bytes, size: int, wanted: Sequence[Wanted]) -> list[Stored]:
-    limit = _max_head(wanted)
+def _safetensors(pread: Pread, start: bytes, size: int, specs: Sequence[TensorSpec]) -> list[TensorLocation]:
+    limit = _max_head(specs)
     try:
         head = parse_head(pread(head_size(start, size, max_head=limit), 0), size, max_head=limit)
     except TensorFileError as error:
         raise Refusal("not_safetensors_or_pt", f"the file is not valid safetensors: {error}") from None
-    return [Stored(t.name, t.dtype, t.shape, head.data_start + t.start, t.end - t.start) for t in head.tensors]
+    return [TensorLocation(t.name, t.dtype, t.shape, head.data_start + t.start, t.end - t.start) for t in head.tensors]
 
 
-def _max_head(wanted: Sequence[Wanted]) -> int:
+def _max_head(specs: Sequence[TensorSpec]) -> int:
     """1 MiB, or more only when the published names themselves need more (256 bytes hold an entry without its name)."""
-    return max(MAX_HEAD, sum(256 + 2 * len(w.name) for w in wanted))
+    return max(MAX_HEAD, sum(256 + 2 * len(w.name) for w in specs))
 
 
 def value_bound(exponents: Sequence[int]) -> int:
@@ -159,33 +159,33 @@ def value_bound(exponents: Sequence[int]) -> int:
     return max([0, *exponents]) + _REACH
 
 
-def published_exponent(pread: Pread, offset: int, wanted: Wanted) -> int:
+def published_exponent(pread: Pread, offset: int, spec: TensorSpec) -> int:
     """The smallest e such that every magnitude of a published tensor is below 2**e; 0 for dtypes that are no floats.
 
     Raises Failure `baseline_not_finite` when the published tensor holds a value that is not finite.
     """
-    if wanted.dtype not in _FLOAT_FORMATS:
+    if spec.dtype not in _FLOAT_FORMATS:
         return 0
-    largest = max((bits for _, bits in _maxima(pread, offset, wanted.nbytes, wanted.dtype)), default=0)
-    if largest >= _FIRST_BAD[wanted.dtype, wanted.dtype]:
-        raise Failure("baseline_not_finite", f"the published tensor {wanted.name!r} holds a value that is not finite")
-    mantissa, bias = _FLOAT_FORMATS[wanted.dtype]
+    largest = max((bits for _, bits in _maxima(pread, offset, spec.nbytes, spec.dtype)), default=0)
+    if largest >= _FIRST_BAD[spec.dtype, spec.dtype]:
+        raise Failure("baseline_not_finite", f"the published tensor {spec.name!r} holds a value that is not finite")
+    mantissa, bias = _FLOAT_FORMATS[spec.dtype]
     return (largest >> mantissa) - bias + 1
 
 
-def check_values(pread: Pread, stored: Stored, published: str, bound: int) -> None:
+def check_values(pread: Pread, location: TensorLocation, published: str, bound: int) -> None:
     """Check every value of a tensor of a submitted file.
 
     Raises Refusal: `non_finite` when one is not finite once cast to `published`, `out_of_range` when the magnitude of
     one is 2**bound or more.
     """
-    not_finite = _FIRST_BAD.get((stored.dtype, published))
+    not_finite = _FIRST_BAD.get((location.dtype, published))
     if not_finite is None:
         return
-    mantissa, bias = _FLOAT_FORMATS[stored.dtype]
+    mantissa, bias = _FLOAT_FORMATS[location.dtype]
     limit = min(not_finite, (bound + bias) << mantissa)
-    for position, largest in _maxima(pread, stored.offset, stored.nbytes, stored.dtype):
-        where = f"{stored.name!r} holds a value in its bytes {position} to {position + _CHUNK} that"
+    for position, largest in _maxima(pread, location.offset, location.nbytes, location.dtype):
+        where = f"{location.name!r} holds a value in its bytes {position} to {position + _CHUNK} that"
         if largest >= not_finite:
             raise Refusal("non_finite", f"{where} is not finite in {published}")
         if largest >= limit:

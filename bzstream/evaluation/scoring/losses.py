@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bzstream.evaluation.codes import EvaluationError
+from bzstream.evaluation.rejection_codes import EvaluationError
 
 __all__ = [
     "SKETCH",

@@ -7,14 +7,14 @@ themselves are in `scoring.py`. Blocking.
 from __future__ import annotations
 
 from bzstream.evaluation.records import Records
-from bzstream.evaluation.scoring import Fingerprint, copies
+from bzstream.evaluation.scoring.losses import Fingerprint, copies
 from bzstream.submissions.ledger import Ledger
 from bzstream.submissions.types import SubmissionRow
 
-__all__ = ["has_twin", "settle_copies"]
+__all__ = ["is_duplicate", "reject_copies"]
 
 
-def has_twin(ledger: Ledger, records: Records, record: SubmissionRow, weights: str) -> bool:
+def is_duplicate(ledger: Ledger, records: Records, record: SubmissionRow, weights: str) -> bool:
     """Whether another hotkey's submission with precedence has the very same weights (then none need be scored)."""
     known = records.fingerprints(record.round, record.expert_group)
     twins = [ledger.find(name) for name, (theirs, _) in known.items() if theirs == weights]
@@ -28,7 +28,7 @@ def has_twin(ledger: Ledger, records: Records, record: SubmissionRow, weights: s
     )
 
 
-def settle_copies(ledger: Ledger, records: Records, round_: int, group: int, distance: float) -> list[tuple[str, str]]:
+def reject_copies(ledger: Ledger, records: Records, round_: int, group: int, distance: float) -> list[tuple[str, str]]:
     """Reject what turned out to be a copy, whichever of the two was scored first; (copy, original) of each."""
     prints = records.fingerprints(round_, group)
     scores = ledger.scores(round_)

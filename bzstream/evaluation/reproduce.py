@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 
 from bzstream.config import Settings
-from bzstream.evaluation.codes import EvaluationError
 from bzstream.evaluation.fetching import Limits, SafeConnector, fetch
 from bzstream.evaluation.records import Evaluation
+from bzstream.evaluation.rejection_codes import EvaluationError
 from bzstream.evaluation.role import spool_folder
 from bzstream.submissions.types import SubmissionRow
 from bzstream.util.files import hash_file

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from bzstream.evaluation.codes import EvaluationError, Failure
+from bzstream.evaluation.rejection_codes import EvaluationError, Failure
 
 __all__ = ["DTYPES", "build_module", "ignored_names", "map_errors", "prepare_torch", "state_of"]
 

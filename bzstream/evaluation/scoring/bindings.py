@@ -20,14 +20,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
-from bzstream.evaluation.codes import EvaluationError
-from bzstream.evaluation.readers import Wanted
+from bzstream.evaluation.reading.layout import TensorSpec
+from bzstream.evaluation.rejection_codes import EvaluationError
 from bzstream.model.naming import expert_name
 
-__all__ = ["Piece", "bind", "missing"]
+__all__ = ["Binding", "bind", "missing"]
 
 
-class Piece(NamedTuple):
+class Binding(NamedTuple):
     """A part of a published tensor and the region of a parameter that holds the same numbers."""
 
     tensor: int
@@ -37,7 +37,7 @@ class Piece(NamedTuple):
     parameter: str
     expert: int | None
     """Row of the parameter; None: all of it."""
-    part: tuple[int, int] | None
+    span: tuple[int, int] | None
     """[start, stop) of the dimension after the expert; None: all of it."""
     transposed: bool
     """The last two dimensions are swapped."""
@@ -62,94 +62,94 @@ Shape = tuple[int, ...]
 
 
 def bind(
-    tensors: Sequence[Wanted],
+    tensors: Sequence[TensorSpec],
     parameters: Mapping[str, Shape],
     *,
     rows: Mapping[int, Sequence[int]] | None = None,
     square_is_native: bool = True,
     ignored: Callable[[str], bool] = lambda name: False,
-) -> list[Piece]:
+) -> list[Binding]:
     """Every piece of the published `tensors` in the model's `parameters` (name -> shape).
 
     `rows` maps a layer to the original index of each local row, for a slice; None for the full model. `ignored` says
     which tensors the model does without. Raises EvaluationError when a tensor has no place or its shape does not fit.
     """
-    pieces: list[Piece] = []
-    for index, wanted in enumerate(tensors):
-        found = _place(index, wanted, parameters, rows, square_is_native)
+    pieces: list[Binding] = []
+    for index, spec in enumerate(tensors):
+        found = _place(index, spec, parameters, rows, square_is_native)
         if found is not None:
             pieces += found
-        elif not ignored(wanted.name):
+        elif not ignored(spec.name):
             raise EvaluationError(
-                f"the model built from the config has no place for the published tensor {wanted.name!r} of shape "
-                f"{list(wanted.shape)}; check config.json or set evaluation.model"
+                f"the model built from the config has no place for the published tensor {spec.name!r} of shape "
+                f"{list(spec.shape)}; check config.json or set evaluation.model"
             )
     return pieces
 
 
 def _place(
     index: int,
-    wanted: Wanted,
+    spec: TensorSpec,
     parameters: Mapping[str, Shape],
     rows: Mapping[int, Sequence[int]] | None,
     square_is_native: bool,
-) -> list[Piece] | None:
-    name = expert_name(wanted.name)
+) -> list[Binding] | None:
+    name = expert_name(spec.name)
     if name is None or name.expert is not None:
-        direct = _named(wanted.name, parameters)
+        direct = _named(spec.name, parameters)
         if direct is not None:
-            return [Piece(index, None, direct, None, None, False)] if parameters[direct] == wanted.shape else None
+            return [Binding(index, None, direct, None, None, False)] if parameters[direct] == spec.shape else None
     if name is None:
         return None
     if name.expert is None:
-        parameter = _named(wanted.name, parameters)
-        return None if parameter is None else _fused(index, wanted, parameter, parameters, rows, square_is_native)
+        parameter = _named(spec.name, parameters)
+        return None if parameter is None else _fused(index, spec, parameter, parameters, rows, square_is_native)
     fused, half = _SINGLE.get(name.rest, (None, None))
     parameter = _named(f"{name.block}.{fused}", parameters)
     if fused is None or parameter is None:
         return None
     shape = parameters[parameter]
     whole = shape[1:] if half is None else (shape[1] // 2, *shape[2:])
-    if wanted.shape != whole or name.expert >= shape[0]:
+    if spec.shape != whole or name.expert >= shape[0]:
         return None
-    part = None if half is None else (half * whole[0], (half + 1) * whole[0])
-    return [Piece(index, None, parameter, name.expert, part, False)]
+    span = None if half is None else (half * whole[0], (half + 1) * whole[0])
+    return [Binding(index, None, parameter, name.expert, span, False)]
 
 
 def _fused(
     index: int,
-    wanted: Wanted,
+    spec: TensorSpec,
     parameter: str,
     parameters: Mapping[str, Shape],
     rows: Mapping[int, Sequence[int]] | None,
     square_is_native: bool,
-) -> list[Piece] | None:
-    name = expert_name(wanted.name)
+) -> list[Binding] | None:
+    name = expert_name(spec.name)
     assert name is not None
     experts, inner = parameters[parameter][0], parameters[parameter][1:]
     originals = range(experts) if rows is None else rows.get(name.layer, ())
-    if len(originals) != wanted.shape[0] or any(not 0 <= expert < experts for expert in originals):
+    if len(originals) != spec.shape[0] or any(not 0 <= expert < experts for expert in originals):
         return None
-    if wanted.shape[1:] == inner:
+    if spec.shape[1:] == inner:
         transposed = len(inner) == 2 and inner[0] == inner[1] and not square_is_native
-    elif len(inner) == 2 and wanted.shape[1:] == inner[::-1]:
+    elif len(inner) == 2 and spec.shape[1:] == inner[::-1]:
         transposed = True
     else:
         return None
-    return [Piece(index, row, parameter, expert, None, transposed) for row, expert in enumerate(originals)]
+    return [Binding(index, row, parameter, expert, None, transposed) for row, expert in enumerate(originals)]
 
 
 def _named(name: str, parameters: Mapping[str, Shape]) -> str | None:
     return next((renamed for rename in _RENAMES if (renamed := rename(name)) in parameters), None)
 
 
-def missing(pieces: Iterable[Piece], parameters: Mapping[str, Shape]) -> list[str]:
+def missing(pieces: Iterable[Binding], parameters: Mapping[str, Shape]) -> list[str]:
     """Parameters that the pieces do not fill to the last element. (Pieces of one `bind` never overlap.)"""
     filled = dict.fromkeys(parameters, 0)
     for piece in pieces:
         shape = parameters[piece.parameter]
-        if piece.part is not None:
-            start, stop = piece.part
+        if piece.span is not None:
+            start, stop = piece.span
             filled[piece.parameter] += (stop - start) * prod(shape[2:])
         else:
             filled[piece.parameter] += prod(shape if piece.expert is None else shape[1:])

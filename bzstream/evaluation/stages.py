@@ -12,24 +12,24 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from bzstream.config import EvaluationSettings
-from bzstream.evaluation.codes import Failure
+from bzstream.evaluation.baseline import BaselineModel, UnitTensors
 from bzstream.evaluation.fetching import CancelledFetch, Limits, SafeConnector, fetch
-from bzstream.evaluation.ptfile import Stored
-from bzstream.evaluation.published import Part, Published
-from bzstream.evaluation.readers import largest_file
-from bzstream.evaluation.sandbox import Reader
+from bzstream.evaluation.reading.layout import largest_file
+from bzstream.evaluation.reading.ptfile import TensorLocation
+from bzstream.evaluation.reading.sandbox import Reader
+from bzstream.evaluation.rejection_codes import Failure
 from bzstream.evaluation.spool import Spool, SpoolEntry
 from bzstream.submissions.types import Job, SubmissionRow
 from bzstream.util.files import hash_file
 
 if TYPE_CHECKING:
-    from bzstream.evaluation.judge import Judge
-    from bzstream.evaluation.resident import Staged
+    from bzstream.evaluation.scoring.resident_model import Staged
+    from bzstream.evaluation.scoring.scorer import Scorer
 
-__all__ = ["Tools", "Work"]
+__all__ = ["EvaluationTask", "StageRunner"]
 
 
-class Work:
+class EvaluationTask:
     """One claimed submission on its way. Each stage fills in what the next one needs."""
 
     def __init__(self, job: Job, entry: SpoolEntry) -> None:
@@ -45,9 +45,9 @@ class Work:
         """It was waiting for room in the spool at the last look, and the log has said so."""
         self.waited_blocks = 0
         """Blocks for which it waited for our room; they do not count against its miner."""
-        self.published: Published | None = None
-        self.stored: list[Stored] = []
-        self.judge: Judge | None = None
+        self.published: BaselineModel | None = None
+        self.locations: list[TensorLocation] = []
+        self.scorer: Scorer | None = None
         self.staged: Staged | None = None
 
     @property
@@ -65,7 +65,7 @@ class Work:
             staged.close()
 
 
-class Tools:
+class StageRunner:
     """What the steps work with; shared by all threads."""
 
     def __init__(self, settings: EvaluationSettings, spool: Spool, connector: SafeConnector, reader: Reader) -> None:
@@ -74,7 +74,7 @@ class Tools:
         self.connector = connector
         self.reader = reader
 
-    def fetch(self, work: Work, part: Part, too_late: Callable[[Work], bool]) -> str:
+    def fetch(self, work: EvaluationTask, unit: UnitTensors, too_late: Callable[[EvaluationTask], bool]) -> str:
         """The whole file in the spool, from an earlier attempt or by the network; its SHA-256 in hex.
 
         Raises Refusal, Failure, CancelledFetch.
@@ -95,7 +95,7 @@ class Tools:
             return waited
 
         limits = Limits(
-            max_bytes=largest_file(part.wanted),
+            max_bytes=largest_file(unit.specs),
             timeout_s=settings.fetch_timeout_s,
             stall_s=settings.fetch_stall_s,
             max_redirects=settings.max_redirects,
@@ -108,27 +108,27 @@ class Tools:
         entry.keep()
         return found.sha256
 
-    def read(self, work: Work) -> None:
+    def read(self, work: EvaluationTask) -> None:
         """Check the spooled file, in a process of its own. Raises Refusal, Failure."""
         group, published = work.record.expert_group, work.published
         assert published is not None
         bound = published.value_bound(group)
         fd = _open(work)
         try:
-            work.stored = self.reader.read(fd, os.fstat(fd).st_size, published.group(group).wanted, bound)
+            work.locations = self.reader.read(fd, os.fstat(fd).st_size, published.group(group).specs, bound)
         finally:
             os.close(fd)
 
-    def stage(self, work: Work, judge: Judge) -> None:
+    def stage(self, work: EvaluationTask, scorer: Scorer) -> None:
         """Put the checked weights into a staging buffer of the judge's model. Raises Failure, ModelClosed."""
         fd = _open(work)
         try:
-            work.judge, work.staged = judge, judge.stage(fd, work.stored, work.record.expert_group)
+            work.scorer, work.staged = scorer, scorer.stage(fd, work.locations, work.record.expert_group)
         finally:
             os.close(fd)
 
 
-def _open(work: Work) -> int:
+def _open(work: EvaluationTask) -> int:
     try:
         return os.open(work.entry.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:

@@ -12,22 +12,22 @@ import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from bzstream.evaluation.codes import EvaluationError, Failure
-from bzstream.evaluation.readers import Wanted, published_exponent, value_bound, wanted_of
+from bzstream.evaluation.reading.layout import TensorSpec, published_exponent, specs_of, value_bound
+from bzstream.evaluation.rejection_codes import EvaluationError, Failure
 from bzstream.model import Snapshot
 from bzstream.payload import Extent, Payload
 from bzstream.tensorfile import Head, head_size, parse_head
 
-__all__ = ["Part", "Published", "read_into"]
+__all__ = ["BaselineModel", "UnitTensors", "read_into"]
 
 _MAX_HEAD = 1 << 30
 """Our own files: a full model's head of 18,000 tensors is 3 MB."""
 
 
-class Part(NamedTuple):
+class UnitTensors(NamedTuple):
     """One safetensors unit: its tensors in the order of their bytes, where those lie, and the experts of its rows."""
 
-    wanted: tuple[Wanted, ...]
+    specs: tuple[TensorSpec, ...]
     offsets: tuple[int, ...]
     """Byte of the payload at which each tensor begins."""
     payload: Payload
@@ -38,10 +38,10 @@ class Part(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(wanted.nbytes for wanted in self.wanted)
+        return sum(spec.nbytes for spec in self.specs)
 
 
-class Published:
+class BaselineModel:
     """One model version. `close()` gives the files back."""
 
     def __init__(self, snapshot: Snapshot) -> None:
@@ -53,7 +53,7 @@ class Published:
             raise EvaluationError(f"version {self.version} was published without a config.json; publish it with one")
         self._snapshot = snapshot
         snapshot.retain()
-        self._parts: dict[int | None, Part | None] = {}
+        self._units: dict[int | None, UnitTensors | None] = {}
         self._bounds: dict[int, int] = {}
         self._bounds_lock = threading.Lock()
 
@@ -61,52 +61,52 @@ class Published:
         self._snapshot.release()
 
     @property
-    def full(self) -> Part:
+    def full(self) -> UnitTensors:
         """The whole model under the checkpoint's own names and shapes."""
-        part = self._part(None)
-        assert part is not None
-        return part
+        unit = self._unit(None)
+        assert unit is not None
+        return unit
 
-    def group(self, group: int) -> Part:
+    def group(self, group: int) -> UnitTensors:
         """One group's slice. Raises Failure `unknown_group`."""
-        part = self._part(group)
-        if part is None:
+        unit = self._unit(group)
+        if unit is None:
             raise Failure("unknown_group", f"version {self.version} has no expert group {group}")
-        return part
+        return unit
 
     def value_bound(self, group: int) -> int:
         """The exponent b of a group: no training reaches a magnitude of 2**b (`readers`). Any thread may call it.
 
         The first call for a group reads its slice. Raises Failure `unknown_group`, `baseline_not_finite`.
         """
-        part = self.group(group)
+        unit = self.group(group)
         with self._bounds_lock:
             if group not in self._bounds:
 
                 def pread(length: int, offset: int) -> bytes:
-                    return bytes(part.payload[offset : offset + length].read())
+                    return bytes(unit.payload[offset : offset + length].read())
 
                 exponents = [
-                    published_exponent(pread, at, wanted) for at, wanted in zip(part.offsets, part.wanted, strict=True)
+                    published_exponent(pread, at, spec) for at, spec in zip(unit.offsets, unit.specs, strict=True)
                 ]
                 self._bounds[group] = value_bound(exponents)
             return self._bounds[group]
 
-    def _part(self, group: int | None) -> Part | None:
-        if group not in self._parts:
+    def _unit(self, group: int | None) -> UnitTensors | None:
+        if group not in self._units:
             unit = self._snapshot.full if group is None else self._snapshot.partial(group)
-            self._parts[group] = None if unit is None else _part_of(unit.payload, unit.content_hash)
-        return self._parts[group]
+            self._units[group] = None if unit is None else _unit_tensors(unit.payload, unit.content_hash)
+        return self._units[group]
 
 
-def _part_of(payload: Payload, content_hash: str) -> Part:
+def _unit_tensors(payload: Payload, content_hash: str) -> UnitTensors:
     size = head_size(payload[:8].read(), len(payload), max_head=_MAX_HEAD)
     head: Head = parse_head(payload[:size].read(), len(payload), max_head=_MAX_HEAD)
     rows = None
     if "expert_group" in head.metadata:
         rows = {int(layer): tuple(row) for layer, row in json.loads(head.metadata["experts"]).items()}
     offsets = tuple(head.data_start + tensor.start for tensor in head.tensors)
-    return Part(wanted_of(head), offsets, payload, rows, content_hash)
+    return UnitTensors(specs_of(head), offsets, payload, rows, content_hash)
 
 
 def read_into(payload: Payload, offset: int, target: memoryview) -> None:

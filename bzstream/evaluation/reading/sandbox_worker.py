@@ -11,13 +11,17 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Callable
 
 import numpy as np
 
-from bzstream.evaluation.codes import Refusal
-from bzstream.evaluation.readers import Wanted, check_values, survey
+from bzstream.evaluation.reading.layout import TensorSpec, check_layout, check_values
+from bzstream.evaluation.rejection_codes import Refusal
+from bzstream.util.files import write_fully
 
-__all__ = ["main"]
+__all__ = ["Read", "main", "read_file"]
+
+Read = Callable[[int, int, list[TensorSpec], int], dict[str, object]]
 
 _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 22, 38
 _SECCOMP_MODE_FILTER = 2
@@ -34,8 +38,11 @@ _SYSCALLS = {
 }  # fmt: skip
 
 
-def main(channel: int) -> None:
-    """Wait on the socket `channel` for one job and its file, answer with one JSON document, and end."""
+def main(channel: int, read: Read | None = None) -> None:
+    """Wait on the socket `channel` for one job and its file, answer with one JSON document, and end.
+
+    `read` stands in for `read_file`, so that tests can run anything inside the confinement.
+    """
     with socket.socket(fileno=channel) as parent:
         _prepare()
         length, descriptors, _, _ = socket.recv_fds(parent, 8, 1)
@@ -43,21 +50,22 @@ def main(channel: int) -> None:
             return  # the parent has no file for this process
         body = _receive(parent, int.from_bytes(length, "little"))
         job = json.loads(body)
-        wanted = [Wanted(name, dtype, tuple(shape)) for name, dtype, shape in job["wanted"]]
+        specs = [TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in job["specs"]]
         seccomp = _confine(memory=job["memory"], cpu=job["cpu"])
-        answer = json.dumps(_read(descriptors[0], job["size"], wanted, job["bound"], seccomp=seccomp)).encode()
-        while answer:
-            answer = answer[os.write(channel, answer) :]
+        answer = (read or read_file)(descriptors[0], job["size"], specs, job["bound"])
+        write_fully(channel, json.dumps(answer | {"seccomp": seccomp}).encode())
         os._exit(0)  # no finalizer needs a system call that is no longer there
 
 
-def _read(fd: int, size: int, wanted: list[Wanted], bound: int, *, seccomp: bool) -> dict[str, object]:
+def read_file(fd: int, size: int, specs: list[TensorSpec], bound: int) -> dict[str, object]:
+    """The answer for one file: `found`, the dtype and offset of each tensor; or `code` and `detail`."""
+
     def pread(length: int, offset: int) -> bytes:
         return os.pread(fd, length, offset)
 
     try:
-        stored = survey(pread, size, wanted)
-        for w, s in zip(wanted, stored, strict=True):
+        locations = check_layout(pread, size, specs)
+        for w, s in zip(specs, locations, strict=True):
             check_values(pread, s, w.dtype, bound)
     except Refusal as refusal:
         return {"code": refusal.code, "detail": refusal.detail}
@@ -65,7 +73,7 @@ def _read(fd: int, size: int, wanted: list[Wanted], bound: int, *, seccomp: bool
         return {"code": "too_costly", "detail": "reading the file took more memory than any honest file"}
     except Exception as error:
         return {"code": "internal_error", "detail": f"the reader failed: {type(error).__name__}"}
-    return {"found": [[s.dtype, s.offset] for s in stored], "seccomp": seccomp}
+    return {"found": [[s.dtype, s.offset] for s in locations]}
 
 
 def _receive(parent: socket.socket, length: int) -> bytes:

@@ -29,19 +29,22 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from bzstream.evaluation.codes import REJECTED, Failure, Refusal
-from bzstream.evaluation.ptfile import ITEM_SIZES, Stored
-from bzstream.evaluation.readers import Wanted, allowed_dtypes
+from bzstream.evaluation.reading.layout import TensorSpec, allowed_dtypes
+from bzstream.evaluation.reading.ptfile import ITEM_SIZES, TensorLocation
+from bzstream.evaluation.rejection_codes import REJECTED, Failure, Refusal
 
 __all__ = ["Reader"]
 
 _MAX_ANSWER = 16 * 1024 * 1024
-"""Bytes of a child's answer: 100 bytes a tensor of the largest slice leave room to spare."""
+"""Bytes of a worker's answer: 100 bytes a tensor of the largest slice leave room to spare."""
 
-_PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from bzstream.evaluation.child import main; main(int(sys.argv[1]))"
+_PROGRAM = (
+    "import sys; sys.path[:] = sys.argv[2:]\n"
+    "from bzstream.evaluation.reading.sandbox_worker import main; main(int(sys.argv[1]))"
+)
 
 
-class _Child:
+class _Worker:
     """One process, used for one file."""
 
     def __init__(self) -> None:
@@ -80,45 +83,45 @@ class Reader:
         self._lock = threading.Lock()
         # The kernel sends PR_SET_PDEATHSIG when the *thread* that started a process ends: one thread starts them all.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="reader")
-        self._warm: Future[_Child] | None = None
-        self._busy: set[_Child] = set()
+        self._warm: Future[_Worker] | None = None
+        self._busy: set[_Worker] = set()
         self._closed = False
         self.confinement = "unknown"
         """How the last file was read: "seccomp" or "limits"."""
 
-    def read(self, fd: int, size: int, wanted: Sequence[Wanted], bound: int) -> list[Stored]:
-        """Where each wanted tensor lies in the open file of `size` bytes; every check of `readers` has passed.
+    def read(self, fd: int, size: int, specs: Sequence[TensorSpec], bound: int) -> list[TensorLocation]:
+        """Where each specs tensor lies in the open file of `size` bytes; every check of `readers` has passed.
 
-        `bound`: magnitudes of 2**bound or more are refused (`Published.value_bound`).
+        `bound`: magnitudes of 2**bound or more are refused (`BaselineModel.value_bound`).
 
         Raises Refusal for the file's fault and Failure `reader_crashed` for ours.
         """
-        child = self._take()
+        worker = self._take()
         try:
             deadline = time.monotonic() + self._timeout
             job: dict[str, object] = {"size": size, "memory": self._memory, "cpu": int(self._timeout) + 1}
-            job |= {"wanted": wanted, "bound": bound}
+            job |= {"specs": specs, "bound": bound}
             try:
-                socket.send_fds(child.socket, [len(body := json.dumps(job).encode()).to_bytes(8, "little")], [fd])
-                child.socket.settimeout(self._timeout)
-                child.socket.sendall(body)
-                answer = self._answer(child, deadline)
+                socket.send_fds(worker.socket, [len(body := json.dumps(job).encode()).to_bytes(8, "little")], [fd])
+                worker.socket.settimeout(self._timeout)
+                worker.socket.sendall(body)
+                answer = self._answer(worker, deadline)
             except OSError:
                 answer = b""
-            return self._judge(answer, child, size, wanted)
+            return self._parse_answer(answer, worker, size, specs)
         finally:
             with self._lock:
-                self._busy.discard(child)
+                self._busy.discard(worker)
                 if self._closed:
-                    child.close()
+                    worker.close()
                 else:
-                    self._starter.submit(child.close)  # the kernel takes its time over a process: not on our path
+                    self._starter.submit(worker.close)  # the kernel takes its time over a process: not on our path
 
     def warm_up(self) -> None:
         """A file will come soon: start its process now, so that it is ready when the file is. Does not wait."""
         with self._lock:
             if self._warm is None and not self._closed:
-                self._warm = self._starter.submit(_Child)
+                self._warm = self._starter.submit(_Worker)
 
     def close(self) -> None:
         """End every process; reads under way raise Failure."""
@@ -126,35 +129,37 @@ class Reader:
             self._closed = True
             busy, warm = list(self._busy), self._warm
             self._warm = None
-        for child in busy:
-            child.process.kill()  # whoever reads with it closes it
+        for worker in busy:
+            worker.process.kill()  # whoever reads with it closes it
         if warm is not None:
             warm.result().close()
         self._starter.shutdown()
 
-    def _take(self) -> _Child:
+    def _take(self) -> _Worker:
         with self._lock:
             if self._closed:
                 raise Failure("reader_crashed", "the reader is closed")
-            future, self._warm = self._warm or self._starter.submit(_Child), None
-        child = future.result()
+            future, self._warm = self._warm or self._starter.submit(_Worker), None
+        worker = future.result()
         with self._lock:
-            self._busy.add(child)
-        return child
+            self._busy.add(worker)
+        return worker
 
-    def _answer(self, child: _Child, deadline: float) -> bytes:
+    def _answer(self, worker: _Worker, deadline: float) -> bytes:
         received = bytearray()
         while True:
             left = deadline - time.monotonic()
-            if left <= 0 or not select.select([child.socket], [], [], left)[0]:
+            if left <= 0 or not select.select([worker.socket], [], [], left)[0]:
                 raise Refusal("too_costly", f"reading the file took longer than {self._timeout:g} s")
-            piece = child.socket.recv(1 << 16)
+            piece = worker.socket.recv(1 << 16)
             received += piece
             if not piece or len(received) > _MAX_ANSWER:
                 return bytes(received)
 
-    def _judge(self, answer: bytes, child: _Child, size: int, wanted: Sequence[Wanted]) -> list[Stored]:
-        """Turn an answer into ranges that hold whatever the child became."""
+    def _parse_answer(
+        self, answer: bytes, worker: _Worker, size: int, specs: Sequence[TensorSpec]
+    ) -> list[TensorLocation]:
+        """Turn an answer into ranges that hold whatever the worker became."""
         try:
             document = json.loads(answer)
             if "code" in document:
@@ -164,18 +169,18 @@ class Reader:
                 raise Failure("reader_crashed", detail)
             self.confinement = "seccomp" if document["seccomp"] else "limits"
             found = document["found"]
-            if len(found) != len(wanted):
+            if len(found) != len(specs):
                 raise ValueError
-            stored: list[Stored] = []
-            for w, (dtype, offset) in zip(wanted, found, strict=True):
+            locations: list[TensorLocation] = []
+            for w, (dtype, offset) in zip(specs, found, strict=True):
                 nbytes = w.nbytes // ITEM_SIZES[w.dtype] * ITEM_SIZES[dtype]
                 if dtype not in allowed_dtypes(w.dtype) or type(offset) is not int or not 0 <= offset <= size - nbytes:
                     raise ValueError
-                stored.append(Stored(w.name, dtype, w.shape, offset, nbytes))
-            return stored
+                locations.append(TensorLocation(w.name, dtype, w.shape, offset, nbytes))
+            return locations
         except (ValueError, KeyError, TypeError):
             pass
-        status = child.close()
+        status = worker.close()
         if status == -signal.SIGXCPU:
             raise Refusal("too_costly", "reading the file took more processor time than any honest file")
         raise Failure("reader_crashed", f"the reading process ended with status {status}")

@@ -1,6 +1,6 @@
 """One submission, from a checked file to a score: the same code for the pipeline, for `evaluate FILE` and `--repeat`.
 
-The judge owns the resident model and the data, and belongs to one thread; only `stage` may be called from another. It
+The scorer owns the resident model and the data, and belongs to one thread; only `stage` may be called from another. It
 computes the baseline once for each seed and then, for each submission, puts it on, runs the same windows in the same
 batches through the same kernels, and takes it off.
 """
@@ -20,20 +20,20 @@ import torch
 from numpy.typing import NDArray
 
 from bzstream.config import EvaluationSettings
-from bzstream.evaluation.codes import Failure, Refusal
-from bzstream.evaluation.data import Tokens, load_tokens
-from bzstream.evaluation.module import prepare_torch
-from bzstream.evaluation.ptfile import Stored
-from bzstream.evaluation.published import Published
+from bzstream.evaluation.baseline import BaselineModel
+from bzstream.evaluation.reading.ptfile import TensorLocation
 from bzstream.evaluation.records import Evaluation
-from bzstream.evaluation.resident import ResidentModel, Staged
-from bzstream.evaluation.scoring import choose_windows, mean_loss, score
+from bzstream.evaluation.rejection_codes import Failure, Refusal
+from bzstream.evaluation.scoring.data import Tokens, load_tokens
+from bzstream.evaluation.scoring.losses import choose_windows, mean_loss, score
+from bzstream.evaluation.scoring.module import prepare_torch
+from bzstream.evaluation.scoring.resident_model import ResidentModel, Staged
 
-__all__ = ["Judge", "Verdict", "versions"]
+__all__ = ["ScoredSubmission", "Scorer", "versions"]
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ScoredSubmission:
     """A scored submission: the record to keep, and the sketch that tells copies."""
 
     evaluation: Evaluation
@@ -41,7 +41,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class _Round:
+class _RoundData:
     """What all submissions that are judged by one seed share."""
 
     seed: str
@@ -52,15 +52,15 @@ class _Round:
     baseline: float
 
 
-class Judge:
+class Scorer:
     """A model version on a device, with the data. Raises EvaluationError when they do not fit each other."""
 
-    def __init__(self, published: Published, settings: EvaluationSettings, *, device: str, cache: Path) -> None:
+    def __init__(self, published: BaselineModel, settings: EvaluationSettings, *, device: str, cache: Path) -> None:
         """`published` stays the caller's, who closes it after the judge; `cache`: folder for encoded text."""
         prepare_torch()
         self.settings = settings
         self.model = ResidentModel(published, device=device, factory=settings.model)
-        self._round: _Round | None = None
+        self._round: _RoundData | None = None
         try:
             self.tokens = _tokens(settings, self.model.vocabulary, cache)
         except BaseException:
@@ -74,11 +74,11 @@ class Judge:
     def close(self) -> None:
         self.model.close()
 
-    def stage(self, fd: int, stored: Sequence[Stored], group: int) -> Staged:
+    def stage(self, fd: int, locations: Sequence[TensorLocation], group: int) -> Staged:
         """A checked file's weights, ready to be judged; may run beside `judge` in another thread. Raises Failure."""
-        return self.model.stage(fd, stored, group)
+        return self.model.stage(fd, locations, group)
 
-    def judge(
+    def score(
         self,
         staged: Staged,
         seed: str,
@@ -88,7 +88,7 @@ class Judge:
         round_: int | None = None,
         began: float | None = None,
         cancelled: Callable[[], bool] = lambda: False,
-    ) -> Verdict:
+    ) -> ScoredSubmission:
         """Score what is staged and give its buffer back. `seed`: hex digits; `began`: monotonic, for the record.
 
         Raises Refusal `non_finite`, `non_finite_loss`, Failure, InterruptedError on cancellation. The model is
@@ -101,7 +101,7 @@ class Judge:
             ready = time.monotonic()
             sketch = self.model.sketch(staged, seed)
             sketched = time.monotonic()
-            with self.model.wearing(staged):
+            with self.model.swapped_in(staged):
                 worn = time.monotonic()
                 losses = self._losses(this.tokens, deadline, cancelled)
                 scored = time.monotonic()
@@ -145,13 +145,13 @@ class Judge:
                 "total": restored - (start if began is None else began),
             },
         )
-        return Verdict(evaluation, sketch)
+        return ScoredSubmission(evaluation, sketch)
 
     def _losses(self, tokens: NDArray[np.int64], deadline: float, cancelled: Callable[[], bool]) -> list[float]:
         batch = self.settings.batch
         return self.model.window_losses(tokens, batch=batch, deadline=deadline, cancelled=cancelled)
 
-    def _for(self, seed: str, deadline: float, cancelled: Callable[[], bool]) -> _Round:
+    def _for(self, seed: str, deadline: float, cancelled: Callable[[], bool]) -> _RoundData:
         if self._round is None or self._round.seed != seed:
             self._round = None
             settings = self.settings
@@ -162,7 +162,7 @@ class Judge:
             if baseline is None:
                 raise Failure("baseline_not_finite", f"version {self.version} itself has a loss that is not finite")
             digest = hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
-            self._round = _Round(seed, tuple(starts), tokens, digest, tuple(losses), baseline)
+            self._round = _RoundData(seed, tuple(starts), tokens, digest, tuple(losses), baseline)
         return self._round
 
 
