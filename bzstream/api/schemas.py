@@ -14,6 +14,7 @@ __all__ = [
     "DuplicateBody",
     "ErrorBody",
     "HealthBody",
+    "InvalidSignatureBody",
     "ManifestBody",
     "ModelBody",
     "ScoreRow",
@@ -55,6 +56,14 @@ class DuplicateBody(ErrorBody, frozen=True):
     """409 of POST /submit: the hotkey's submission for this block was accepted before."""
 
     submission_id: Annotated[SubmissionId, Meta(description="Of the identical signed body alone")] | UnsetType = UNSET
+
+
+class InvalidSignatureBody(ErrorBody, frozen=True):
+    """400 of POST /submit."""
+
+    signed_text: (
+        Annotated[str, Meta(description="Of code invalid_signature: the exact text that is to be signed")] | UnsetType
+    ) = UNSET
 
 
 class HealthBody(Struct, frozen=True, omit_defaults=True):
@@ -123,8 +132,11 @@ class SubmissionBody(Struct, frozen=True):
         str,
         Meta(
             pattern="^[A-Za-z0-9_-]{85}[AQgw](==)?$",
-            description="URL-safe base64 of the 64-byte ed25519 or sr25519 signature by `hotkey` over the canonical "
-            "JSON (RFC 8785) of the other fields",
+            description="URL-safe base64, padded or not, of the 64-byte ed25519 or sr25519 signature by `hotkey` over "
+            "the canonical JSON (RFC 8785) of the other fields: keys sorted, no white space, UTF-8, such as "
+            '`{"block_number":12345,"checkpoint_url":"https://…","expert_group":0,"hotkey":"5F…"}`, with '
+            "`checkpoint_hash` before `checkpoint_url` if it is sent. A wallet may wrap that text in `<Bytes>` and "
+            "`</Bytes>` before it signs.",
         ),
     ]
     checkpoint_hash: Annotated[ContentHash, Meta(description="Of the file behind the URL")] | UnsetType = UNSET

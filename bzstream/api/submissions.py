@@ -13,7 +13,14 @@ from datetime import UTC, datetime
 from typing import TypeVar
 
 from bzstream.api.identity import authorise, claimed_hotkey, refuse_denied
-from bzstream.api.schemas import AcceptedBody, DuplicateBody, ScoreRow, ScoresBody, SubmissionStatusBody
+from bzstream.api.schemas import (
+    AcceptedBody,
+    DuplicateBody,
+    InvalidSignatureBody,
+    ScoreRow,
+    ScoresBody,
+    SubmissionStatusBody,
+)
 from bzstream.api.state import WorkerState, unavailable
 from bzstream.http import Endpoint, HttpError, Request, Response
 from bzstream.submissions.intake import ChainContext, SubmissionRefused, decide, read_body, refusal_of
@@ -69,7 +76,10 @@ class Submissions:
             refuse_denied(request, state, submission.hotkey)
             candidate = decide(submission, context, state.settings.submit)
         except SubmissionRefused as refused:
-            raise _refusal(refused) from None
+            if refused.signed_text is None:
+                raise _refusal(refused) from None
+            body = InvalidSignatureBody(refused.detail, refused.code, refused.signed_text)
+            return Response.json(body, status=refused.status)
         authorise(request, state)
         assert context.chain is not None
         block = context.chain.block

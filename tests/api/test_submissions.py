@@ -34,7 +34,8 @@ NOW, START = Desk.NOW, Desk.START
 def code(answer: Answer) -> tuple[int, str]:
     """Status and code of an error, whose form is checked."""
     assert answer.headers["Content-Type"] == "application/json"
-    assert set(answer.json) - {"submission_id"} == {"detail", "code"}
+    assert set(answer.json) - {"submission_id", "signed_text"} == {"detail", "code"}
+    assert ("signed_text" in answer.json) == (answer.json["code"] == "invalid_signature")
     assert (answer.headers["Retry-After"] is not None) == (answer.status in (429, 503))
     return answer.status, answer.json["code"]
 
@@ -103,6 +104,32 @@ def test_what_others_sign_is_accepted(desk: Desk, tmp_path: Path) -> None:
         assert desk.submit(signed(load_key(str(tmp_path / name)), NOW)).status == 202
 
 
+@pytest.mark.parametrize("scheme", ["ed25519", "sr25519"])
+def test_what_a_wallet_wraps_before_it_signs_is_accepted(desk: Desk, scheme: Scheme) -> None:
+    key = new_key(scheme)
+    content = fields(key, NOW)
+    wrapped = key.sign(b"<Bytes>" + canonical_json(content) + b"</Bytes>")
+    accepted = desk.submit({**content, "signature": encode_signature(wrapped)})
+    assert accepted.status == 202
+    plain = desk.submit({**content, "signature": key.sign_fields(content)})
+    assert (plain.status, plain.json["submission_id"]) == (409, accepted.json["submission_id"]), "it says the same"
+
+
+@pytest.mark.parametrize("scheme", ["ed25519", "sr25519"])
+def test_whoever_signs_the_wrong_text_is_told_the_right_one(desk: Desk, scheme: Scheme) -> None:
+    """Encodings that were seen: JSON with spaces, fields in the specification's order, other fields left in."""
+    key = new_key(scheme)
+    content = {**fields(key, NOW), "checkpoint_url": "https://miner.example/tür".replace("ü", "%C3%BC")}
+    for text in (json.dumps(content), json.dumps(content, separators=(",", ":")), json.dumps({**content, "v": 1})):
+        told = desk.submit({**content, "signature": encode_signature(key.sign(text.encode()))})
+        assert code(told) == (400, "invalid_signature")
+        assert told.json["signed_text"].encode() == canonical_json(content)
+    spelled = desk.submit({**content, "signature": key.sign(canonical_json(content)).hex()})
+    assert code(spelled) == (400, "invalid_signature"), "hex is no base64; it is told all the same"
+    right = encode_signature(key.sign(told.json["signed_text"].encode()))
+    assert desk.submit({**content, "signature": right}).status == 202
+
+
 def test_bzstream_submit_is_accepted(desk: Desk, tmp_path: Path) -> None:
     (tmp_path / "seed").write_text(os.urandom(32).hex())
     options = ["--key", str(tmp_path / "seed"), "--group", "1", "--checkpoint-url", "https://miner.example/c.pt"]
@@ -155,7 +182,7 @@ WRONG: dict[str, dict[str, list[object]]] = {
     "invalid_url": {
         "checkpoint_url": [
             *("miner.example/c.pt", "https://2130706433/c.pt"),
-            *("https://miner.example/\u00e9", "https://miner.example/\ud800"),
+            "https://miner.example/\u00e9",
         ]
     },
     "url_scheme_not_allowed": {"checkpoint_url": ["http://miner.example/c.pt", "file:///etc/passwd"]},
@@ -169,6 +196,7 @@ WRONG: dict[str, dict[str, list[object]]] = {
         ]
     },
     "invalid_signature": {"signature": ["", "A" * 86, "A" * 85 + "B", "+" * 86, "A" * 86 + "="]},
+    "invalid_json": {"checkpoint_url": ["https://miner.example/\ud800"]},  # half of a surrogate pair
     "invalid_checkpoint_hash": {"checkpoint_hash": ["", "sha256:", "sha256:" + "AB" * 32]},
 }
 CASES = [(code, name, value) for code, names in WRONG.items() for name, values in names.items() for value in values]
@@ -264,7 +292,8 @@ def test_forged_and_malleable_signatures(desk: Desk) -> None:
             bytes(64),
             stranger.sign(canonical_json(content)),
             key.sign(canonical_json({**content, "expert_group": 1})),
-            key.sign(b"<Bytes>" + canonical_json(content) + b"</Bytes>"),
+            key.sign(b"<Bytes>" + canonical_json({**content, "expert_group": 1}) + b"</Bytes>"),
+            key.sign(b"<Bytes><Bytes>" + canonical_json(content) + b"</Bytes></Bytes>"),
             key.sign(json.dumps(content).encode()),
         ]
         for forged in forgeries:
