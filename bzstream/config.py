@@ -32,6 +32,7 @@ __all__ = [
     "MetricsSettings",
     "NodeSettings",
     "Settings",
+    "ShownAs",
     "StoreSettings",
     "SubmitSettings",
     "load",
@@ -42,6 +43,9 @@ Count = Annotated[int, Meta(ge=1)]
 Bytes = Annotated[int, Meta(ge=1)]
 Blocks = Annotated[int, Meta(ge=1)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
+ShownAs = Literal["distribute", "train", "commit", "submit"]
+"""The phases that the HTTP contract knows."""
+PhaseName = Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 
 
 class ConfigError(BzstreamError):
@@ -144,6 +148,12 @@ class ChainSettings(_Section, frozen=True):
     train_blocks: Blocks = 300
     commit_blocks: Blocks = 20
     submit_blocks: Blocks = 80
+    phases: tuple[tuple[PhaseName, Blocks, ShownAs], ...] = ()
+    """The phases of a cycle: [name, blocks, shown as] each, in their order. Shown as one of "distribute", "train",
+    "commit" and "submit", which is what /health calls `phase`; the name is its `phase_detail`. Empty: these four, with
+    the numbers of blocks above."""
+    cycle_offset: Annotated[int, Meta(ge=0)] = 0
+    """A block at which a cycle begins; the others are whole cycles away."""
     block_s: Seconds = 12.0
     """Seconds a block (Bittensor's finney network)."""
     stale_s: Seconds = 60.0
@@ -155,6 +165,16 @@ class ChainSettings(_Section, frozen=True):
     set_weights: bool = False
     weights_top_k: Count = 64
     """Hotkeys that share the weights of a round at the most."""
+
+    @property
+    def cycle_phases(self) -> tuple[tuple[str, int, ShownAs], ...]:
+        """The phases of a cycle, whichever way they are given."""
+        return self.phases or (
+            ("distribute", self.distribute_blocks, "distribute"),
+            ("train", self.train_blocks, "train"),
+            ("commit", self.commit_blocks, "commit"),
+            ("submit", self.submit_blocks, "submit"),
+        )
 
 
 class SubmitSettings(_Section, frozen=True):
@@ -296,7 +316,23 @@ def load(
         if flag_value is not None:
             section, name = flag.split(".")
             _put(values, section, name, flag_value, f"on the command line ({flag})", text=False)
-    return msgspec.convert(values, Settings)
+    settings = msgspec.convert(values, Settings)
+    _check_phases(settings.chain)
+    return settings
+
+
+def _check_phases(chain: ChainSettings) -> None:
+    """Raise ConfigError unless rounds can be told from the phases: see `chain.clock`."""
+    shown = [as_ for _, _, as_ in chain.cycle_phases]
+    runs = [as_ for i, as_ in enumerate(shown) if i == 0 or shown[i - 1] != as_]
+    if runs[0] != "distribute" or runs.count("submit") != 1:
+        raise ConfigError(
+            'chain.phases must begin with a phase shown as "distribute" and have its phases shown as "submit" side by'
+            " side, at least one"
+        )
+    names = [name for name, _, _ in chain.cycle_phases]
+    if len(set(names)) != len(names):
+        raise ConfigError("chain.phases has a name twice; give every phase a name of its own")
 
 
 def _sections() -> dict[str, type[_Section]]:

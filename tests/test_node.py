@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,23 @@ def test_a_new_chain_file_is_in_force_within_a_second(place: Path) -> None:
         node.write_chain(12531, block_seconds="soon")
         time.sleep(IN_FORCE_S)  # nothing may happen in this second
         assert node.health() == {"status": "healthy", "model_loaded": True, "current_block": 12530, "phase": "submit"}
+
+
+def test_a_cycle_of_nine_phases(place: Path) -> None:
+    """Phases of the subnet's own: 500 blocks, of which those from the 340th on take submissions."""
+    phases = [
+        ["distribute", 20, "distribute"], ["train", 300, "train"], ["commit_1", 10, "commit"],
+        ["commit_2", 10, "commit"], ["submit", 80, "submit"], ["validate", 10, "train"], ["merge", 50, "train"],
+        ["commit_3", 10, "commit"], ["commit_4", 10, "commit"],
+    ]  # fmt: skip
+    environment = {"BZ_CHAIN_PHASES": json.dumps(phases), "BZ_CHAIN_CYCLE_OFFSET": "7"}
+    with running_node(place, environment=environment) as node:
+        for block, phase, detail in ((12007 + 340, "submit", "submit"), (12007 + 431, "train", "merge")):
+            node.write_chain(block)
+            expected = {"current_block": block, "phase": phase, "phase_detail": detail}
+            eventually(
+                partial(lambda all_of: node.health().items() >= all_of.items(), expected), "the phase", IN_FORCE_S
+            )
 
 
 def test_a_changed_tokens_file_is_in_force_within_a_second(place: Path) -> None:

@@ -41,11 +41,13 @@ class HealthEndpoint:
         reasons = self._obstacles(now) + self._faults()
         loaded = state.snapshots.current is not None
         block = 0 if state.chain is None else state.chain.block
+        named = bool(state.settings.chain.phases)
         return HealthBody(
             status="draining" if state.draining else "starting" if not loaded else "degraded" if reasons else "healthy",
             model_loaded=loaded,
             current_block=block,
             phase="distribute" if state.chain is None else state.cycle.phase(block),
+            phase_detail=state.cycle.detail(block).name if state.chain is not None and named else None,
             reasons=reasons,
             chain_age_s=None if state.chain is None or not reasons else round(state.chain.age(now), 1),
         )

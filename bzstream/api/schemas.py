@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from bzstream.config import ShownAs
+
 __all__ = [
     "AcceptedBody",
     "DuplicateBody",
@@ -41,7 +43,6 @@ Group = Annotated[int, Meta(ge=0, le=999_999_999)]
 Block = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 SubmissionId = Annotated[str, Meta(description="A random UUID", extra_json_schema={"format": "uuid"})]
 Moment = Annotated[str, Meta(description="RFC 3339, UTC", extra_json_schema={"format": "date-time"})]
-Phase = Literal["distribute", "train", "commit", "submit"]
 Status = Literal["queued", "fetching", "verifying", "evaluating", "scored", "rejected", "failed"]
 
 
@@ -67,12 +68,13 @@ class InvalidSignatureBody(ErrorBody, frozen=True):
 
 
 class HealthBody(Struct, frozen=True, omit_defaults=True):
-    """GET /health: the four members of the specification, and two more when something is wrong."""
+    """GET /health: the four members of the specification, and more where there is more to say."""
 
     status: Literal["healthy", "starting", "degraded", "draining"]
     model_loaded: bool
     current_block: Natural
-    phase: Phase
+    phase: ShownAs
+    phase_detail: Annotated[str | None, Meta(description="The phase's own name, where chain.phases gives names")] = None
     reasons: Annotated[list[str], Meta(description="Why the status is not healthy, one sentence each")] = []
     chain_age_s: Annotated[float | None, Meta(description="Seconds since the chain was last heard of")] = None
 

@@ -15,7 +15,7 @@ import structlog
 
 from bzstream.chain.clock import Cycle
 from bzstream.chain.keys import Key
-from bzstream.chain.weights import Scored, due_round, weights_of
+from bzstream.chain.weights import Scored, weights_of
 
 __all__ = ["RoundLedger", "RoundResults", "WeightSetter", "submit_weights"]
 
@@ -60,7 +60,7 @@ class WeightSetter:
 
     def consider(self, block: int, submit: Submit) -> None:
         """Called at each new block; starts an attempt when one is due and none is under way."""
-        round_ = due_round(self._cycle, block)
+        round_ = self._cycle.due_round(block)
         if round_ is None or round_ == self._done or block < self._not_before:
             return
         if self._attempt is None or self._attempt.done():

@@ -13,9 +13,7 @@ import math
 from collections.abc import Iterable
 from typing import Protocol
 
-from bzstream.chain.clock import Cycle
-
-__all__ = ["Scored", "due_round", "weights_of"]
+__all__ = ["Scored", "weights_of"]
 
 
 class Scored(Protocol):
@@ -45,9 +43,3 @@ def weights_of(results: Iterable[Scored], top_k: int) -> dict[str, float]:
     scaled = [(hotkey, score / best[0][1]) for hotkey, score, _ in best]
     total = math.fsum(part for _, part in scaled)
     return {hotkey: part / total for hotkey, part in scaled if part / total > 0}
-
-
-def due_round(cycle: Cycle, block: int) -> int | None:
-    """The round whose weights may be submitted at `block`: that of the cycle before. None in the first cycle."""
-    round_ = cycle.round(block) - cycle.length
-    return round_ if round_ >= 0 else None

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from bzstream.chain.clock import Cycle
 from bzstream.chain.weight_setter import RETRY_BLOCKS, WeightSetter
-from bzstream.chain.weights import due_round, weights_of
+from bzstream.chain.weights import weights_of
 from tests.submissions.values import in_loop
 
 
@@ -63,10 +63,10 @@ def test_the_rule_by_example() -> None:
 
 def test_weights_are_due_in_the_cycle_after() -> None:
     cycle = Cycle()
-    assert due_round(cycle, 419) is None
-    assert due_round(cycle, 420) == 340
-    assert due_round(cycle, 12599) == 12100
-    assert due_round(cycle, 12600) == 12520
+    assert cycle.due_round(419) is None
+    assert cycle.due_round(420) == 340
+    assert cycle.due_round(12599) == 12100
+    assert cycle.due_round(12600) == 12520
 
 
 @dataclass
