@@ -90,7 +90,7 @@ def bare(url: str, folder: Path, size: int) -> None:
     area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     area.madvise(mmap.MADV_HUGEPAGE)
     memory = memoryview(area)
-    lanes = Tuning().near_lanes
+    lanes = Tuning().near_workers
     filled = [0] * lanes
 
     def lane(number: int) -> None:

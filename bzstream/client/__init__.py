@@ -1,32 +1,33 @@
 """The miner's and the peer's side: pull units, fetch tensors, submit a checkpoint, measure a link.
 
-May import the leaves (payload, tensorfile, config, errors) and `chain` (keys and proofs), nothing else of bzstream.
+May import `httpclient`, `chain` (keys and proofs) and the foundation (tensorfile, errors, util).
 """
 
 from __future__ import annotations
 
-from bzstream.client.address import Address, Want, parse_address
+from bzstream.client.address import Address, UnitRef, parse_address
 from bzstream.client.aio import fetch_tensors_async, pull_async
-from bzstream.client.entry import UsageError
 from bzstream.client.errors import (
     BadManifest,
+    BadProxy,
     BadSignature,
     BadUrl,
     Busy,
     ClientError,
-    DiskTrouble,
-    Dropped,
+    ConnectionLost,
+    DiskError,
     FolderBusy,
     Forbidden,
-    Misbehaved,
-    Moved,
     NotFound,
-    Passing,
+    ProtocolViolation,
     Refused,
     Stalled,
     Stopped,
+    TransientError,
     Unauthorized,
     Unreachable,
+    UsageError,
+    VersionChanged,
     WrongHash,
 )
 from bzstream.client.manifest import Manifest, parse_manifest
@@ -40,21 +41,20 @@ from bzstream.client.tuning import Tuning
 __all__ = [
     "Address",
     "BadManifest",
+    "BadProxy",
     "BadSignature",
     "BadUrl",
     "Busy",
     "ClientError",
-    "DiskTrouble",
-    "Dropped",
+    "ConnectionLost",
+    "DiskError",
     "FolderBusy",
     "Forbidden",
     "LinkReport",
     "Manifest",
-    "Misbehaved",
-    "Moved",
     "NotFound",
-    "Passing",
     "Progress",
+    "ProtocolViolation",
     "PullReport",
     "Refused",
     "Stalled",
@@ -62,12 +62,14 @@ __all__ = [
     "SubmissionReport",
     "SubmissionStatus",
     "Sweep",
+    "TransientError",
     "Tuning",
     "Unauthorized",
+    "UnitRef",
     "UnitReport",
     "Unreachable",
     "UsageError",
-    "Want",
+    "VersionChanged",
     "WrongHash",
     "fetch_tensors",
     "fetch_tensors_async",

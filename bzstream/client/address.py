@@ -1,4 +1,4 @@
-"""Where a validator is and what is wanted from it, as plain values: URLs, paths, headers and file names.
+"""Where a validator is and what a pull asks it for, as plain values: URLs, paths, headers and file names.
 
 Pure functions. A base URL may carry a path (a node behind a reverse proxy); it must not carry a query, a fragment or
 credentials: the token travels in a header, and URLs end up in logs.
@@ -11,8 +11,9 @@ from typing import Literal, NamedTuple
 from urllib.parse import quote, urlsplit
 
 from bzstream.client.errors import BadUrl
+from bzstream.httpclient import DEFAULT_PORTS, Origin
 
-__all__ = ["VERSION_FORM", "Address", "Want", "parse_address"]
+__all__ = ["VERSION_FORM", "Address", "UnitRef", "parse_address"]
 
 VERSION_FORM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 """A model version, as the HTTP contract spells it."""
@@ -22,24 +23,13 @@ _PREFIX_FORM = re.compile(r"(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)*", re.ASCII)  # 
 
 
 class Address(NamedTuple):
-    """One validator: `host` without brackets, `prefix` "" or a path without a trailing slash."""
+    """One validator: where it is, and a `prefix` before its paths, "" or a path without a trailing slash."""
 
-    scheme: Literal["http", "https"]
-    host: str
-    port: int
+    origin: Origin
     prefix: str
 
-    @property
-    def authority(self) -> str:
-        """For the Host header (RFC 9110 7.2): the default port of the scheme is left out."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == _DEFAULT_PORTS[self.scheme] else f"{host}:{self.port}"
-
     def __str__(self) -> str:
-        return f"{self.scheme}://{self.authority}{self.prefix}"
-
-
-_DEFAULT_PORTS = {"http": 80, "https": 443}
+        return f"{self.origin}{self.prefix}"
 
 
 def parse_address(url: str) -> Address:
@@ -59,11 +49,11 @@ def parse_address(url: str) -> Address:
     if not _PREFIX_FORM.fullmatch(prefix) or not _HOST_FORM.fullmatch(parts.hostname):
         raise BadUrl(f"{url!r} has characters that no URL may have; write it like http://10.0.0.7:8000")
     scheme: Literal["http", "https"] = "https" if parts.scheme == "https" else "http"
-    return Address(scheme, parts.hostname, _DEFAULT_PORTS[scheme] if port is None else port, prefix)
+    return Address(Origin(scheme, parts.hostname, DEFAULT_PORTS[scheme] if port is None else port), prefix)
 
 
-class Want(NamedTuple):
-    """One unit that somebody wants: a group's slice (`partial`), the `shared` tensors or the `full` model."""
+class UnitRef(NamedTuple):
+    """One downloadable unit: a group's slice (`partial`), the `shared` tensors or the `full` model."""
 
     kind: Literal["partial", "shared", "full"]
     group: int | None = None
@@ -82,9 +72,9 @@ class Want(NamedTuple):
     def headers(self) -> list[tuple[str, str]]:
         return [("X-Expert-Group", str(self.group))] if self.kind == "partial" else []
 
-    def target(self, prefix: str, version: str | None = None, *, manifest: bool = False) -> str:
-        """Path and query of the unit's bare safetensors bytes, or of its manifest."""
-        path = f"{prefix}/model/{self.kind}"
+    def target(self, version: str | None = None, *, manifest: bool = False) -> str:
+        """Path and query, as the node sees them, of the unit's bare safetensors bytes or of its manifest."""
+        path = f"/model/{self.kind}"
         query = []
         if manifest:
             path += "/manifest"

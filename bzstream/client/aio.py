@@ -36,16 +36,16 @@ def _awaitable(call: Callable[P, T], name: str) -> Callable[P, Coroutine[Any, An
                 session.stop()
 
         kwargs["_opened"] = note
-        work = asyncio.create_task(asyncio.to_thread(call, *args, **kwargs))
+        state = asyncio.create_task(asyncio.to_thread(call, *args, **kwargs))
         try:
-            return await asyncio.shield(work)
+            return await asyncio.shield(state)
         except asyncio.CancelledError:
             cancelled = True
             for session in opened:
                 session.stop()
-            while not work.done():
+            while not state.done():
                 with contextlib.suppress(BaseException):
-                    await asyncio.shield(work)
+                    await asyncio.shield(state)
             raise
 
     run.__name__ = run.__qualname__ = name

@@ -1,40 +1,50 @@
 """What can go wrong on the client's side, and who has to do something about it.
 
-Three families, told apart by what a retry would do. `Passing` trouble goes away by itself (a dropped connection, a
-busy server): the transfer waits and tries again. A `Misbehaved` server answered against the protocol: a few strikes
-are forgiven, then it is dropped. Everything else is final for the URL that it came from, and its sentence is what
-the person reads.
+Three families, told apart by what a retry would do. A `TransientError` goes away by itself (a dropped connection, a
+busy server): the transfer waits and tries again. A `ProtocolViolation` is an answer against HTTP or the contract: a few
+are forgiven, then the server is left out. Everything else is final for the URL that it came from, and its sentence is
+what the person reads.
 """
 
 from __future__ import annotations
 
-from bzstream.errors import BzstreamError
+from bzstream.httpclient import (
+    BadProxy,
+    ClientError,
+    ConnectionLost,
+    ProtocolViolation,
+    Stalled,
+    TransientError,
+    Unreachable,
+)
 
 __all__ = [
     "BadManifest",
+    "BadProxy",
     "BadSignature",
     "BadUrl",
     "Busy",
     "ClientError",
-    "DiskTrouble",
-    "Dropped",
+    "ConnectionLost",
+    "DiskError",
     "FolderBusy",
     "Forbidden",
-    "Misbehaved",
-    "Moved",
     "NotFound",
-    "Passing",
+    "ProtocolViolation",
     "Refused",
     "Stalled",
     "Stopped",
+    "TransientError",
     "Unauthorized",
     "Unreachable",
+    "UsageError",
+    "VersionChanged",
     "WrongHash",
 ]
 
 
-class ClientError(BzstreamError):
-    """Base of everything that the client raises on purpose."""
+class UsageError(ClientError):
+    """The arguments of a call contradict each other or have a wrong form."""
 
 
 class BadUrl(ClientError):
@@ -45,7 +55,7 @@ class FolderBusy(ClientError):
     """Another pull is writing into the same folder."""
 
 
-class DiskTrouble(ClientError):
+class DiskError(ClientError):
     """The disk is full, read-only or failing; what was verified so far is kept."""
 
 
@@ -65,39 +75,15 @@ class WrongHash(ClientError):
     """What arrived does not have the published hash, and fetching it again did not help."""
 
 
-class Moved(ClientError):
+class VersionChanged(ClientError):
     """The server has another version of the unit than the manifest that the transfer works from."""
 
     fetched = 0
     """Payload bytes that crossed the network before that was seen."""
 
 
-class Passing(ClientError):
-    """Trouble that a retry may cure. `retry_after`: seconds that the server asked for, else None."""
-
-    def __init__(self, text: str, retry_after: float | None = None) -> None:
-        super().__init__(text)
-        self.retry_after = retry_after
-
-
-class Unreachable(Passing):
-    """No connection: refused, no route, unknown name, a TLS handshake that failed."""
-
-
-class Dropped(Passing):
-    """The connection ended before the answer did."""
-
-
-class Stalled(Passing):
-    """No byte for longer than the stall time-out."""
-
-
-class Busy(Passing):
+class Busy(TransientError):
     """429 or 503: the server asks to come back later."""
-
-
-class Misbehaved(ClientError):
-    """An answer against HTTP or against the contract: wrong range, 200 for a range, a redirect, an endless head."""
 
 
 class Refused(ClientError):

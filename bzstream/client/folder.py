@@ -7,6 +7,7 @@ file is read only: chunks of it that the new manifest also has are copied instea
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,29 +16,39 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from bzstream.client.errors import DiskTrouble, FolderBusy
+from bzstream.client.errors import DiskError, FolderBusy
 from bzstream.client.manifest import Manifest
-from bzstream.client.sinks import disk_trouble
+from bzstream.client.sinks import disk_error, require_regular
+from bzstream.util.durable import temporary_name
+from bzstream.util.files import read_fully
 
 __all__ = ["OldFile", "UnitFiles", "lock_folder", "matching_chunks"]
 
 
+_NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
+"""What a file system without flock answers."""
+
+
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path, notify: Callable[[str], None]) -> Iterator[None]:
     """Make the folder and hold it for this pull; the kernel lets go of it however the process ends.
 
-    Raises FolderBusy and DiskTrouble.
+    Raises FolderBusy and DiskError.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise disk_trouble(error, folder) from None
+        raise disk_error(error, folder) from None
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FolderBusy(f"another pull is writing into {folder}; wait for it or choose another folder") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise disk_error(error, folder) from None
+            notify(f"the file system of {folder} has no locks: run only one pull into it at a time")
         yield
     finally:
         os.close(fd)
@@ -51,22 +62,27 @@ class UnitFiles:
         self.part = folder / f".{name}.part"
         self.state = folder / f".{name}.state"
 
-    def forget(self) -> None:
+    def remove_unfinished(self) -> None:
         """Remove what an unfinished pull left."""
-        for path in (self.part, self.state, self.state.with_name(self.state.name + ".new")):
+        for path in (self.part, self.state, temporary_name(self.state)):
             path.unlink(missing_ok=True)
 
 
 class OldFile:
-    """A finished file of an earlier version, as a source of unchanged chunks (`transfer.Donor`).
+    """A finished file of an earlier version, as a source of unchanged chunks (`transfer.LocalChunkSource`).
 
-    Raises OSError from the constructor.
+    Raises OSError from the constructor, and DiskError for what is no regular file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self.size = os.fstat(self._fd).st_size
+        # Without O_NONBLOCK, opening a named pipe would wait for its writer for ever.
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            self.size = require_regular(self._fd, path).st_size
+        except BaseException:
+            os.close(self._fd)
+            raise
         self._places: dict[int, int] = {}
 
     def compare(self, manifest: Manifest, seen: Callable[[int], None]) -> bool:
@@ -132,14 +148,8 @@ def hash_chunks(fd: int, ranges: Sequence[tuple[int, int]], seen: Callable[[int]
 
 
 def _read(fd: int, offset: int, view: memoryview) -> bool:
-    """Fill `view` from the file; False if the file ends first."""
-    while view:
-        try:
-            count = os.preadv(fd, [view], offset)
-        except OSError as error:
-            raise DiskTrouble(f"an older file cannot be read: {error.strerror}; remove it and pull again") from None
-        if count == 0:
-            return False
-        offset += count
-        view = view[count:]
-    return True
+    """Fill `view` from the file; False if the file ends first. Raises DiskError."""
+    try:
+        return read_fully(fd, view, offset) == len(view)
+    except OSError as error:
+        raise DiskError(f"an older file cannot be read: {error.strerror}; remove it and pull again") from None

@@ -15,6 +15,7 @@ padded to 8; 4096 slots of two 8-byte positions, (0, 0) when empty.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import os
@@ -23,13 +24,15 @@ from pathlib import Path
 
 from bzstream.client.kernel import boot_id
 from bzstream.client.manifest import Manifest
+from bzstream.util.durable import write_file
+from bzstream.util.files import read_fully, write_fully
 
 __all__ = ["Journal", "manifest_key"]
 
 _MAGIC = b"bzstream-pull/1\0"
 _HEADER = struct.Struct("<16s32sQQQ16sQ")
 SLOTS = 4096
-"""Far more ranges than lanes can leave behind; one that finds no slot is only not resumed."""
+"""Far more ranges than workers can leave behind; one that finds no slot is only not resumed."""
 
 
 def manifest_key(manifest: Manifest) -> bytes:
@@ -50,13 +53,14 @@ class Journal:
         self._slots_at = self._bytes_at + -(-count // 8) * 8
         self._count = count
         size = self._slots_at + SLOTS * 16
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
-            if os.fstat(fd).st_size != size:
+            if os.fstat(self._fd).st_size != size:
                 raise ValueError("not a state file of this unit")
-            self._map = mmap.mmap(fd, size)
-        finally:
-            os.close(fd)
+            self._map, self._shared = self._load(size)
+        except BaseException:
+            os.close(self._fd)
+            raise
         self._slots = memoryview(self._map)[self._slots_at :].cast("Q")
         self._spare: list[int] = []
         self._used: dict[int, list[int]] = {}
@@ -68,6 +72,17 @@ class Journal:
             else:
                 self._spare.append(slot)
 
+    def _load(self, size: int) -> tuple[mmap.mmap, bool]:
+        """The file as memory, and whether the two are one: some file systems have no shared mappings."""
+        try:
+            return mmap.mmap(self._fd, size), True
+        except OSError as error:
+            if error.errno not in (errno.ENODEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+        memory = mmap.mmap(-1, size)
+        read_fully(self._fd, memoryview(memory), 0)
+        return memory, False
+
     @classmethod
     def create(
         cls, path: Path, manifest: Manifest, part: os.stat_result, *, hashed: bool, done: bytes = b""
@@ -78,15 +93,7 @@ class Journal:
             _MAGIC, manifest_key(manifest), manifest.size, manifest.chunk_size, part.st_ino, boot_id(), int(hashed)
         )
         body = header + done.ljust(-(-count // 8) * 8, b"\0") + bytes(SLOTS * 16)
-        fresh = path.with_name(path.name + ".new")
-        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        try:
-            os.write(fd, body)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(fresh, path)
-        sync_folder(path.parent)
+        write_file(path, body)
         return cls(path, count, manifest.chunk_size)
 
     @classmethod
@@ -131,7 +138,7 @@ class Journal:
         self._slots[2 * slot + 1] = end
         return slot
 
-    def judged(self, index: int, *, good: bool) -> None:
+    def record_verdict(self, index: int, *, good: bool) -> None:
         """A chunk is verified or thrown away; its ranges are forgotten either way."""
         if good:
             self._map[self._bytes_at + index] = 1
@@ -140,23 +147,19 @@ class Journal:
             self._slots[2 * slot] = 0
             self._spare.append(slot)
 
-    def spoil(self) -> None:
+    def invalidate(self) -> None:
         """Let nobody go on from here: the manifest itself was wrong."""
         self._map[: len(_MAGIC)] = bytes(len(_MAGIC))
 
     def sync(self) -> None:
         """Write it to the disk; any thread, while the journal is open."""
-        self._map.flush()
+        if self._shared:
+            self._map.flush()
+        else:
+            write_fully(self._fd, self._map[:], 0)
+            os.fsync(self._fd)
 
     def close(self) -> None:
         self._slots.release()
         self._map.close()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable. Raises OSError."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        os.close(self._fd)

@@ -7,7 +7,6 @@ server; anywhere else it is good when the validator's hotkey signed it and the c
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +14,10 @@ from typing import Any
 import msgspec
 
 from bzstream.chain.keys import InvalidHotkey, InvalidSignature, canonical_json, decode_hotkey, decode_signature, verify
-from bzstream.client.address import VERSION_FORM, Want
+from bzstream.client.address import VERSION_FORM, UnitRef
 from bzstream.client.errors import BadManifest, BadSignature
 from bzstream.errors import BzstreamError
+from bzstream.util.strict_json import JsonError, parse_json_object
 
 __all__ = ["Manifest", "parse_manifest"]
 
@@ -47,7 +47,7 @@ class _Document(msgspec.Struct):
 class Manifest:
     """`size` bytes in chunks of `chunk_size` (the last may be shorter), `chunks[i]` the BLAKE3 digest of each."""
 
-    want: Want
+    unit: UnitRef
     version: str
     block: int
     sha256: bytes
@@ -70,21 +70,21 @@ class Manifest:
         return min(self.chunk_size, self.size - index * self.chunk_size)
 
 
-def parse_manifest(raw: bytes, want: Want, *, version: str | None = None, signer: str | None = None) -> Manifest:
+def parse_manifest(raw: bytes, unit: UnitRef, *, version: str | None = None, signer: str | None = None) -> Manifest:
     """The manifest in `raw`, checked: right unit, right version if one is asked for, consistent with itself, and
     signed by `signer` (SS58) if given. Raises BadManifest and BadSignature.
     """
     try:
-        plain = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        plain = parse_json_object(raw)
         document = msgspec.convert(plain, _Document, strict=True)
-    except (ValueError, RecursionError, msgspec.ValidationError) as error:
-        raise BadManifest(f"the manifest of {want.label} is malformed: {error}") from None
-    wrong = _contradiction(document, want, version)
+    except (JsonError, msgspec.ValidationError) as error:
+        raise BadManifest(f"the manifest of {unit.label} is malformed: {error}") from None
+    wrong = _contradiction(document, unit, version)
     if wrong:
-        raise BadManifest(f"the manifest of {want.label} cannot be right: {wrong}")
-    _check_signature(plain, document, want, signer)
+        raise BadManifest(f"the manifest of {unit.label} cannot be right: {wrong}")
+    _check_signature(plain, document, unit, signer)
     return Manifest(
-        want=want,
+        unit=unit,
         version=document.model_version,
         block=document.block_number,
         sha256=bytes.fromhex(document.content_hash.removeprefix("sha256:")),
@@ -96,9 +96,9 @@ def parse_manifest(raw: bytes, want: Want, *, version: str | None = None, signer
     )
 
 
-def _contradiction(document: _Document, want: Want, version: str | None) -> str | None:
+def _contradiction(document: _Document, unit: UnitRef, version: str | None) -> str | None:
     """What is wrong with it, or None."""
-    if document.unit != want.kind or document.expert_group != want.group:
+    if document.unit != unit.kind or document.expert_group != unit.group:
         return f"it is for {document.unit!r:.40}, group {document.expert_group}"
     if not VERSION_FORM.fullmatch(document.model_version):
         return "its model_version is not a version"
@@ -124,32 +124,21 @@ def _contradiction(document: _Document, want: Want, version: str | None) -> str 
     return None
 
 
-def _check_signature(plain: dict[str, Any], document: _Document, want: Want, signer: str | None) -> None:
+def _check_signature(plain: dict[str, Any], document: _Document, unit: UnitRef, signer: str | None) -> None:
     """A signature that is there must be good, asked for or not; one that is asked for must be there."""
     hotkey, signature = document.validator_hotkey, document.signature
     if signature is None:
         if signer is not None:
-            raise BadSignature(f"the manifest of {want.label} is not signed; {signer} should have signed it")
+            raise BadSignature(f"the manifest of {unit.label} is not signed; {signer} should have signed it")
         return
     if signer is not None and hotkey != signer:
-        raise BadSignature(f"the manifest of {want.label} is signed by {hotkey}, not by {signer}")
+        raise BadSignature(f"the manifest of {unit.label} is signed by {hotkey}, not by {signer}")
     if hotkey is None:
-        raise BadSignature(f"the manifest of {want.label} is signed by nobody")
+        raise BadSignature(f"the manifest of {unit.label} is signed by nobody")
     try:
         message = canonical_json({name: value for name, value in plain.items() if name != "signature"})
         good = verify(hotkey, message, decode_signature(signature))
     except (InvalidSignature, BzstreamError):
         good = False
     if not good:
-        raise BadSignature(f"the signature of the manifest of {want.label} is not by {hotkey} over this manifest")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key comes twice")
-    return found
-
-
-def _no_constant(text: str) -> object:
-    raise ValueError(f"{text} is not JSON")
+        raise BadSignature(f"the signature of the manifest of {unit.label} is not by {hotkey} over this manifest")

@@ -7,22 +7,22 @@ other, from places spread over the unit. The latency of small ranges is measured
 
 from __future__ import annotations
 
-import math
 import random
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bzstream.client.address import Want
-from bzstream.client.entry import Options, UsageError, open_session, settle_receiver
-from bzstream.client.errors import ClientError, Stopped
+from bzstream.client.address import UnitRef
+from bzstream.client.errors import ClientError, Stopped, UsageError
 from bzstream.client.manifest import Manifest
 from bzstream.client.session import Session
+from bzstream.client.session_factory import Options, choose_receiver, open_session
 from bzstream.client.tuning import Tuning
-from bzstream.client.wire import Connection
+from bzstream.httpclient import Connection
+from bzstream.util.statistics import jain, quantile
 
-__all__ = ["LinkReport", "Sweep", "measure", "percentile"]
+__all__ = ["LinkReport", "Sweep", "measure"]
 
 RUN = 64 * 1024 * 1024
 """Bytes of one range: seconds of a slow link, and a request every 10 ms at 6 GB/s."""
@@ -89,9 +89,9 @@ def measure(
     options = Options(hotkey, key, token, validator_hotkey, None, ca_file)
     session = open_session(url, options, tuning or Tuning(), claim_needed=True)
     try:
-        settle_receiver(session, options)
-        want = Want("shared") if group is None else Want("partial", group)
-        manifest = session.manifest(want, None, validator_hotkey)
+        choose_receiver(session, options)
+        unit = UnitRef("shared") if group is None else UnitRef("partial", group)
+        manifest = session.manifest(unit, None, validator_hotkey)
         sweeps = []
         for count in connections:
             sweep = _sweep(session, manifest, count, seconds)
@@ -101,30 +101,16 @@ def measure(
         times = _small_ranges(session, manifest)
         return LinkReport(
             url=str(session.mirrors[0].address),
-            label=want.label,
+            label=unit.label,
             version=manifest.version,
             size=manifest.size,
             rtt=session.mirrors[0].rtt,
             sweeps=tuple(sweeps),
-            range_p50=percentile(times, 50),
-            range_p99=percentile(times, 99),
+            range_p50=quantile(times, 0.5),
+            range_p99=quantile(times, 0.99),
         )
     finally:
         session.close()
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The nearest-rank percentile of some values; NaN of none."""
-    if not values:
-        return math.nan
-    ranked = sorted(values)
-    return ranked[max(0, math.ceil(len(ranked) * share / 100) - 1)]
-
-
-def fairness(amounts: Sequence[float]) -> float:
-    """Jain's index, (sum x)^2 / (n sum x^2); 1 when there is nothing to share."""
-    squares = sum(x * x for x in amounts)
-    return sum(amounts) ** 2 / (len(amounts) * squares) if squares else 1.0
 
 
 def _sweep(session: Session, manifest: Manifest, count: int, seconds: float) -> Sweep:
@@ -136,7 +122,7 @@ def _sweep(session: Session, manifest: Manifest, count: int, seconds: float) -> 
     start = threading.Barrier(count + 1)
     over = threading.Event()
 
-    def lane(number: int) -> None:
+    def worker(number: int) -> None:
         connection = opened[number]
         buffer = memoryview(bytearray(PIECE))
         position = manifest.size * number // count
@@ -160,7 +146,7 @@ def _sweep(session: Session, manifest: Manifest, count: int, seconds: float) -> 
                 failures.append(error)
                 over.set()
 
-    threads = [threading.Thread(target=lane, args=(number,), daemon=True) for number in range(count)]
+    threads = [threading.Thread(target=worker, args=(number,), daemon=True) for number in range(count)]
     for thread in threads:
         thread.start()
     start.wait()
@@ -171,7 +157,7 @@ def _sweep(session: Session, manifest: Manifest, count: int, seconds: float) -> 
         took = time.monotonic() - began
     finally:
         over.set()
-        _hang_up(session, opened, threads)
+        _close_connection(session, opened, threads)
     if stopped_early and failures:
         raise failures[0] if isinstance(failures[0], ClientError) else Stopped(str(failures[0]))
     return Sweep(
@@ -179,15 +165,15 @@ def _sweep(session: Session, manifest: Manifest, count: int, seconds: float) -> 
         seconds=took,
         bytes=sum(got),
         rate=sum(got) / took,
-        first_byte_p50=percentile(firsts, 50),
-        first_byte_p99=percentile(firsts, 99),
-        fairness=fairness(got),
+        first_byte_p50=quantile(firsts, 0.5),
+        first_byte_p99=quantile(firsts, 0.99),
+        fairness=jain(got),
         slowest=min(got) / took,
         fastest=max(got) / took,
     )
 
 
-def _hang_up(session: Session, opened: Sequence[Connection], threads: Sequence[threading.Thread]) -> None:
+def _close_connection(session: Session, opened: Sequence[Connection], threads: Sequence[threading.Thread]) -> None:
     for connection in opened:
         connection.interrupt()
     for thread in threads:

@@ -5,21 +5,16 @@ Pure but for the clock that is passed in; the transfer's lock guards it.
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 
 from bzstream.client.address import Address
-from bzstream.client.errors import Busy, ClientError, Misbehaved, Passing, Unreachable, WrongHash
+from bzstream.client.errors import Busy, ClientError, ProtocolViolation, TransientError, Unreachable, WrongHash
 from bzstream.client.tuning import Tuning
+from bzstream.util.backoff import backoff
 
-__all__ = ["Mirror", "backoff"]
+__all__ = ["Mirror"]
 
-
-def backoff(failures: int, *, first: float = 0.1, most: float = 15.0) -> float:
-    """Seconds to wait after the n-th failure in a row: doubling, jittered over a factor of 3, so that many clients that
-    lost the same server do not come back in the same instant.
-    """
-    return float(min(most, first * 2.0 ** min(failures - 1, 20)) * random.uniform(0.5, 1.5))
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 15.0
 
 
 class Mirror:
@@ -28,8 +23,8 @@ class Mirror:
     def __init__(self, number: int, address: Address, tuning: Tuning) -> None:
         self.number = number
         self.address = address
-        self.lanes = 0
-        """Lanes that work on it."""
+        self.workers = 0
+        """Workers that work on it."""
         self.not_before = 0.0
         """No request before this moment (monotonic clock)."""
         self.dropped: ClientError | None = None
@@ -42,27 +37,28 @@ class Mirror:
         self._violations = 0
         self._strikes: Counter[int] = Counter()
 
-    def good(self) -> None:
+    def note_good_chunk(self) -> None:
         """A chunk from it was right."""
         self._failures = 0
         self._violations = 0
 
-    def trouble(self, error: ClientError, now: float) -> ClientError | None:
+    def note_error(self, error: ClientError, now: float) -> ClientError | None:
         """Note an error that a request to it met; returned when it means that the mirror should be dropped."""
-        if isinstance(error, Misbehaved):
+        if isinstance(error, ProtocolViolation):
             self._violations += 1
             return error if self._violations >= self._tuning.violations else None
-        if not isinstance(error, Passing):
+        if not isinstance(error, TransientError):
             return error
         if error.retry_after is not None and error.retry_after > self._tuning.max_retry_after_s:
             return error
         if now >= self.not_before and (error.retry_after or isinstance(error, Unreachable | Busy)):
-            # Of many lanes that meet the same outage only the first counts it.
+            # Of many workers that meet the same outage only the first counts it.
             self._failures += 1
-            self.not_before = now + (error.retry_after or 0.0) + backoff(self._failures)
+            pause = backoff(self._failures, first=FIRST_PAUSE_S, most=LONGEST_PAUSE_S)
+            self.not_before = now + (error.retry_after or 0.0) + pause
         return None
 
-    def strike(self, chunk: int, text: str) -> WrongHash | None:
+    def note_wrong_chunk(self, chunk: int, text: str) -> WrongHash | None:
         """All of `chunk` came from here and is wrong; after a few times that is a verdict, in these words."""
         self._strikes[chunk] += 1
         return WrongHash(text) if self._strikes[chunk] >= self._tuning.strikes else None

@@ -1,14 +1,15 @@
 """Which connection fetches which bytes, as a pure data structure: no sockets, no clock, no locks (the caller has one).
 
-The unit of *trust* is a chunk of the manifest; the unit of *work* is any byte range. Free bytes lie in sorted spans; a
-connection (a *lane*) takes a run from the front, so that the finished prefix grows, and the runs shrink as the end
-comes near. When nothing is free an idle lane steals the later half of the run that would take longest, cut at a chunk
-boundary where there is one and inside a chunk where there is not: on a slow link one chunk takes seconds, and waiting
-for the last would leave the other lanes idle for that long.
+Trust is decided by the chunk of the manifest; work is shared out by byte ranges of any size. Free bytes lie in sorted
+spans; a worker (a thread with a connection) takes a run from the front, so that the finished prefix grows, and the runs
+shrink as the end comes near. When nothing is free an idle worker steals the later half of the run that would take
+longest, cut at a chunk boundary where there is one and inside a chunk where there is not: on a slow link one chunk
+takes seconds, and waiting for the last would leave the other workers idle for that long.
 
-So a chunk may be put together by several lanes. Two rules keep that safe. A lane *claims* bytes before it writes them
-and a thief takes only unclaimed ones: no byte is ever written by two lanes, and none after its chunk was judged. And a
-chunk that turns out wrong is fetched again whole by one lane (*alone*), so that the next verdict has one culprit.
+So a chunk may be put together by several workers. Two rules keep that safe. A worker *claims* bytes before it writes
+them, and a thief takes only unclaimed ones: no byte is ever written by two workers, and none after its chunk was
+checked. And a chunk that turns out wrong is fetched again whole by one worker (*alone*), so that the next failure has
+one culprit.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ __all__ = ["Chunk", "Plan", "Segment"]
 
 
 class Segment:
-    """A run that one lane works on: [pos, end) is not yet in the sink, [pos, claimed) may no longer be stolen."""
+    """A run that one worker works on: [pos, end) is not yet in the sink, [pos, claimed) may no longer be stolen."""
 
-    __slots__ = ("alone", "began", "claimed", "end", "lane", "moved", "pos", "received", "start")
+    __slots__ = ("alone", "began", "claimed", "end", "moved", "pos", "received", "start", "worker")
 
-    def __init__(self, start: int, end: int, lane: int, now: float, *, alone: bool = False) -> None:
+    def __init__(self, start: int, end: int, worker: int, now: float, *, alone: bool = False) -> None:
         self.start = self.pos = self.received = self.claimed = start
         self.end = end
-        self.lane = lane
+        self.worker = worker
         self.alone = alone
         self.began = now
         self.moved = now
         """When the last byte came."""
 
     def pace(self, now: float) -> float:
-        """Bytes a second so far; a lane that has no byte yet counts as slow."""
+        """Bytes a second so far; a worker that has no byte yet counts as slow."""
         return max(self.received - self.start, 4096) / (now - self.began + 0.001)
 
     def seconds_left(self, now: float) -> float:
@@ -63,7 +64,7 @@ class Plan:
 
     `done`: chunks that are already verified in the sink; `received`: ranges that are in the sink but belong to no
     verified chunk; `reserved`: chunks that somebody else (the copier of an older file) takes care of. `grip`: bytes
-    that a lane keeps of every run: were a run stolen before its first byte, thieves could pass it on for ever.
+    that a worker keeps of every run: were a run stolen before its first byte, thieves could pass it on for ever.
     """
 
     def __init__(
@@ -74,10 +75,10 @@ class Plan:
         done: Iterable[int] = (),
         received: Iterable[tuple[int, int]] = (),
         reserved: Iterable[int] = (),
-        grip: int = 64 * 1024,
+        min_claim: int = 64 * 1024,
     ) -> None:
         self.size = size
-        self._grip = grip
+        self._min_claim = min_claim
         self.chunk_size = chunk_size
         self.count = -(-size // chunk_size)
         self.done = bytearray(self.count)
@@ -87,10 +88,10 @@ class Plan:
         self.done_bytes = sum(self.length(index) for index in range(self.count) if self.done[index])
         self.chunks: dict[int, Chunk] = {}
         self.active: list[Segment] = []
-        self.again: deque[int] = deque()
+        self.refetch: deque[int] = deque()
         """Chunks to be fetched again, alone."""
-        self.unjudged: list[int] = []
-        """Chunks whose every byte was there from the start: no lane completes them, so the caller must judge them."""
+        self.unverified: list[int] = []
+        """Chunks whose every byte was there from the start: no worker completes them, so the caller verifies them."""
         taken = bytearray(self.done)
         for index in reserved:
             taken[index] = 1
@@ -110,7 +111,7 @@ class Plan:
     @property
     def open_bytes(self) -> int:
         """Bytes that still have to be fetched, as far as anybody knows."""
-        spans = sum(end - begin for begin, end in self.free) + sum(self.length(index) for index in self.again)
+        spans = sum(end - begin for begin, end in self.free) + sum(self.length(index) for index in self.refetch)
         return spans + sum(segment.end - segment.pos for segment in self.active)
 
     def length(self, index: int) -> int:
@@ -123,14 +124,14 @@ class Plan:
             found = self.chunks[index] = Chunk()
         return found
 
-    def take(self, lane: int, goal: int, now: float) -> Segment | None:
+    def take(self, worker: int, goal: int, now: float) -> Segment | None:
         """A run of about `goal` free bytes from the front: whole chunks, or exactly `goal` bytes when that is less than
         a chunk. None when nothing is free.
         """
-        if self.again:
-            index = self.again.popleft()
+        if self.refetch:
+            index = self.refetch.popleft()
             begin = index * self.chunk_size
-            return self._begin(Segment(begin, begin + self.length(index), lane, now, alone=True))
+            return self._begin(Segment(begin, begin + self.length(index), worker, now, alone=True))
         if not self.free:
             return None
         begin, end = self.free[0]
@@ -140,15 +141,15 @@ class Plan:
             del self.free[0]
         else:
             self.free[0] = (stop, end)
-        return self._begin(Segment(begin, stop, lane, now))
+        return self._begin(Segment(begin, stop, worker, now))
 
     def steal(
-        self, lane: int, now: float, *, pace: float, least: int, least_s: float, stuck_s: float
+        self, worker: int, now: float, *, pace: float, least: int, least_s: float, stuck_s: float
     ) -> Segment | None:
         """The later part of the run that would take longest, so much that a thief of `pace` bytes a second ends with
         its owner; None if no run would take `least_s` seconds more, is that old, and has `least` bytes to give.
 
-        From a lane without a byte for `stuck_s` everything unclaimed is taken.
+        From a worker without a byte for `stuck_s` everything unclaimed is taken.
         """
         victims = [s for s in self.active if not s.alone and s.end - s.claimed >= least and now - s.began >= least_s]
         if not victims:
@@ -166,12 +167,12 @@ class Plan:
             if not victim.claimed < cut <= victim.end - least or cut - best > rest // 4:
                 cut = max(best // 4096 * 4096, victim.claimed)
             cut = min(cut, victim.end - least)
-        stolen = Segment(cut, victim.end, lane, now)
+        stolen = Segment(cut, victim.end, worker, now)
         victim.end = cut
         return self._begin(stolen)
 
     def claim(self, segment: Segment, room: int) -> int:
-        """How many bytes after `segment.received` the lane may receive now: at most `room`, within one chunk.
+        """How many bytes after `segment.received` the worker may receive now: at most `room`, within one chunk.
 
         0 means that the segment is over, also when a thief has shortened it.
         """
@@ -193,12 +194,12 @@ class Plan:
         return index if chunk.covered == self.length(index) else None
 
     def release(self, segment: Segment) -> None:
-        """The lane stops working on the segment: what is not in the sink becomes free again."""
+        """The worker stops working on the segment: what is not in the sink becomes free again."""
         self.active.remove(segment)
         if segment.pos < segment.end:
             index = segment.pos // self.chunk_size
             if segment.alone and segment.pos == index * self.chunk_size:
-                self.again.append(index)
+                self.refetch.append(index)
             else:
                 # A chunk that was begun alone loses that mark; if it fails again its sources still say whose it is.
                 self._free(segment.pos, segment.end)
@@ -212,9 +213,9 @@ class Plan:
         self.chunks.pop(index, None)
 
     def failed(self, index: int) -> None:
-        """The chunk is complete and wrong: forget its bytes and have it fetched again by one lane."""
+        """The chunk is complete and wrong: forget its bytes and have it fetched again by one worker."""
         self.chunks.pop(index, None)
-        self.again.append(index)
+        self.refetch.append(index)
 
     def adopt(self, index: int) -> None:
         """A reserved chunk has to be fetched after all."""
@@ -222,7 +223,7 @@ class Plan:
         self._free(begin, begin + self.length(index))
 
     def _begin(self, segment: Segment) -> Segment:
-        segment.claimed = min(segment.start + self._grip, segment.end)
+        segment.claimed = min(segment.start + self._min_claim, segment.end)
         self.active.append(segment)
         return segment
 
@@ -255,7 +256,7 @@ class Plan:
                     chunk.covered += cut
                     chunk.sources.add(-1)
                     if chunk.covered == self.length(index):
-                        self.unjudged.append(index)
+                        self.unverified.append(index)
             begin = stop
 
     def _cut(self, begin: int, end: int) -> int:

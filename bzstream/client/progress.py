@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Progress", "PullReport", "Speedometer", "UnitReport"]
+from bzstream.client.manifest import Manifest
+
+__all__ = ["Progress", "PullReport", "RateMeter", "UnitReport", "unit_report"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,33 @@ class PullReport:
         return sum(unit.fetched for unit in self.units)
 
 
-class Speedometer:
+def unit_report(
+    manifest: Manifest,
+    *,
+    path: Path | None = None,
+    fetched: int = 0,
+    seconds: float = 0.0,
+    connections: int = 0,
+    refetched: int = 0,
+) -> UnitReport:
+    """The report of a finished unit; without a transfer everything was there already."""
+    return UnitReport(
+        label=manifest.unit.label,
+        version=manifest.version,
+        block=manifest.block,
+        content_hash=manifest.content_hash,
+        size=manifest.size,
+        fetched=fetched,
+        reused=max(0, manifest.size - fetched),
+        seconds=seconds,
+        connections=connections,
+        chunks_fetched_again=refetched,
+        signed_by=manifest.validator_hotkey if manifest.signed else None,
+        path=path,
+    )
+
+
+class RateMeter:
     """Bytes a second over a sliding window of moments."""
 
     def __init__(self, window_s: float = 3.0) -> None:

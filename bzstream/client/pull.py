@@ -17,19 +17,18 @@ from pathlib import Path
 from typing import Literal
 
 from bzstream.chain.keys import Key
-from bzstream.client.address import Want
-from bzstream.client.entry import Options, open_session, settle_receiver, unit_list
-from bzstream.client.errors import Misbehaved, Moved
+from bzstream.client.address import UnitRef
+from bzstream.client.errors import ProtocolViolation, VersionChanged
 from bzstream.client.folder import OldFile, UnitFiles, lock_folder, matching_chunks
-from bzstream.client.follower import Follower
 from bzstream.client.journal import Journal
 from bzstream.client.manifest import Manifest
 from bzstream.client.plan import Plan
-from bzstream.client.progress import Progress, PullReport, UnitReport
-from bzstream.client.report import unit_report, wrong_whole
+from bzstream.client.progress import Progress, PullReport, UnitReport, unit_report
 from bzstream.client.session import Session
-from bzstream.client.sinks import FileSink, disk_trouble
-from bzstream.client.transfer import Transfer
+from bzstream.client.session_factory import Options, choose_receiver, open_session, unit_refs
+from bzstream.client.sinks import FileSink, disk_error
+from bzstream.client.streaming_sha256 import StreamingSha256
+from bzstream.client.transfer import Transfer, wrong_file_hash
 from bzstream.client.tuning import Tuning
 
 __all__ = ["Verify", "pull"]
@@ -73,16 +72,16 @@ def pull(
     of trouble, its text what to do. A file under its final name is complete and durable.
     """
     options = Options(hotkey, key, token, validator_hotkey, version, ca_file, connections)
-    wants = unit_list(groups, shared=shared, full=full)
+    units = unit_refs(groups, shared=shared, full=full)
     folder = Path(out)
-    session = open_session(url, options, tuning or Tuning(), notify, claim_needed=any(w.kind != "full" for w in wants))
+    session = open_session(url, options, tuning or Tuning(), notify, claim_needed=any(w.kind != "full" for w in units))
     if _opened is not None:
         _opened(session)
     puller = _Puller(session, folder, options, verify, progress or (lambda _: None))
     try:
-        with lock_folder(folder):
-            settle_receiver(session, options)
-            return puller.all(wants)
+        with lock_folder(folder, session.notify):
+            choose_receiver(session, options)
+            return puller.all(units)
     finally:
         session.close()
 
@@ -99,38 +98,40 @@ class _Puller:
         self.verify = verify
         self.on_progress = on_progress
 
-    def all(self, wants: Sequence[Want]) -> PullReport:
+    def all(self, units: Sequence[UnitRef]) -> PullReport:
         """Every unit, all of the same version: one that was fetched before the server moved on is brought up to it."""
-        reports: dict[Want, UnitReport] = {}
+        reports: dict[UnitRef, UnitReport] = {}
         moves = 0
         while True:
-            for want in wants:
-                report = self._unit(want)
-                before = reports.get(want)
+            for unit in units:
+                report = self._unit(unit)
+                before = reports.get(unit)
                 if before is not None:
                     fetched = before.fetched + report.fetched
                     report = replace(report, fetched=fetched, seconds=before.seconds + report.seconds)
-                reports[want] = report
+                reports[unit] = report
             versions = {report.version for report in reports.values()}
             if len(versions) == 1:
                 return PullReport(versions.pop(), tuple(reports.values()))
             moves += 1
             if moves > _MOST_MOVES:
-                raise Moved(f"{self.session.mirrors[0].address} publishes new versions faster than they can be fetched")
+                raise VersionChanged(
+                    f"{self.session.mirrors[0].address} publishes new versions faster than they can be fetched"
+                )
             self.session.notify("the server published a new version in between; bringing the other units up to it")
 
-    def _unit(self, want: Want) -> UnitReport:
+    def _unit(self, unit: UnitRef) -> UnitReport:
         began = time.monotonic()
         previous: Manifest | None = None
         fetched = futile = moves = 0
         while True:
-            manifest = self.session.manifest(want, self.options.version, self.options.validator_hotkey)
+            manifest = self.session.manifest(unit, self.options.version, self.options.validator_hotkey)
             if previous is not None:
                 moves += 1
                 futile = futile + 1 if manifest.sha256 == previous.sha256 else 0
                 if futile >= self.session.tuning.strikes or moves > _MOST_MOVES:
-                    raise Misbehaved(
-                        f"{self.session.mirrors[0].address} keeps changing what it says its version of {want.label} is"
+                    raise ProtocolViolation(
+                        f"{self.session.mirrors[0].address} keeps changing what it says its version of {unit.label} is"
                     )
                 if not futile:
                     self.session.notify(
@@ -139,28 +140,28 @@ class _Puller:
                     )
             try:
                 report = self._attempt(manifest)
-            except Moved as moved:
+            except VersionChanged as moved:
                 fetched += moved.fetched
                 previous = manifest
-                self.session.forgive_moved()
+                self.session.readmit_changed()
                 continue
             return replace(report, fetched=report.fetched + fetched, seconds=time.monotonic() - began)
 
     def _attempt(self, manifest: Manifest) -> UnitReport:
-        files = UnitFiles(self.folder, manifest.want.file_name)
+        files = UnitFiles(self.folder, manifest.unit.file_name)
         with contextlib.ExitStack() as stack:
             old = self._old_file(files.final, manifest)
             if old is not None:
                 stack.callback(old.close)
                 if self._unchanged(old, files, manifest):
-                    files.forget()
-                    return unit_report(manifest, None, files.final)
+                    files.remove_unfinished()
+                    return unit_report(manifest, path=files.final)
             sink = FileSink(files.part, manifest.size, self.session.tuning)
             stack.callback(sink.close)
             try:
                 journal = self._journal(files, manifest, sink)
             except OSError as error:
-                raise disk_trouble(error, files.state) from None
+                raise disk_error(error, files.state) from None
             stack.callback(journal.close)
             return self._fetch(files, manifest, sink, journal, old)
 
@@ -170,7 +171,7 @@ class _Puller:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise disk_trouble(error, path) from None
+            raise disk_error(error, path) from None
 
     def _unchanged(self, old: OldFile, files: UnitFiles, manifest: Manifest) -> bool:
         """Whether the finished file is already what the manifest says."""
@@ -179,7 +180,7 @@ class _Puller:
         if self.verify == "sha256":
             with files.final.open("rb") as stream:
                 if hashlib.file_digest(stream, "sha256").digest() != manifest.sha256:
-                    raise wrong_whole(manifest)
+                    raise wrong_file_hash(manifest)
         return True
 
     def _watch(self, manifest: Manifest, total: int) -> Callable[[int], None]:
@@ -191,7 +192,7 @@ class _Puller:
             now = time.monotonic()
             if now - state[1] > self.session.tuning.tick_s:
                 state[1] = now
-                label, version = manifest.want.label, manifest.version
+                label, version = manifest.unit.label, manifest.version
                 moment = Progress(label, version, "comparing", total, int(state[0]), 0, 0, 0, 0.0, None, 0)
                 self.on_progress(moment)
 
@@ -232,30 +233,25 @@ class _Puller:
             received=journal.received(),
             reserved=old.chunks() if old is not None else (),
         )
-        follower = Follower(manifest.size, sink.read_into, tuning) if self.verify == "sha256" else None
+        sha256 = StreamingSha256(manifest.size, sink.read_into, tuning) if self.verify == "sha256" else None
         transfer = Transfer(
             self.session,
             manifest,
             plan,
             sink,
             version=self.options.version,
-            lanes=self.options.connections,
+            workers=self.options.connections,
             check=self.verify != "none",
-            follower=follower,
+            sha256=sha256,
             journal=journal,
-            donor=old,
+            local=old,
         )
         try:
             transfer.run(self.on_progress)
-        except Moved as moved:
+        except VersionChanged as moved:
             moved.fetched = transfer.fetched
             raise
-        if follower is not None:
-            transfer.await_hash(self.on_progress)
-            if follower.digest() != manifest.sha256:
-                journal.spoil()
-                raise wrong_whole(manifest)
         self.on_progress(transfer.progress("saving"))
         sink.finish(files.final)
-        files.forget()
-        return unit_report(manifest, transfer, files.final)
+        files.remove_unfinished()
+        return transfer.report(files.final)

@@ -1,55 +1,40 @@
-"""Requests to validators: connections kept for the next one, answers checked, refusals put into words.
+"""Requests to validators: connections kept for the next one, and responses checked.
 
 A session lives as long as one call of the API; its connections are shared by the units that the call fetches, so that
-the second unit starts with open congestion windows.
+the second unit starts with open congestion windows. Any thread.
 """
 
 from __future__ import annotations
 
-import re
+import functools
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
-import msgspec
-
-from bzstream.client.address import Address, Want
+from bzstream.client.address import Address, UnitRef
 from bzstream.client.errors import (
     BadManifest,
     BadSignature,
-    Busy,
     ClientError,
-    Forbidden,
-    Misbehaved,
-    Moved,
-    NotFound,
-    Passing,
+    ProtocolViolation,
     Refused,
     Stopped,
-    Unauthorized,
+    TransientError,
+    VersionChanged,
 )
 from bzstream.client.identity import Identity
 from bzstream.client.manifest import Manifest, parse_manifest
 from bzstream.client.mirror import Mirror
+from bzstream.client.responses import redirect_error, refusal
 from bzstream.client.tuning import Tuning
-from bzstream.client.wire import Connection, Reply, tls_context
+from bzstream.httpclient import Connection, Connector, ProxyRules, ResponseHead, parse_content_range, tls_context
+from bzstream.util.backoff import backoff
 
-if TYPE_CHECKING:
-    import ssl
+__all__ = ["Session"]
 
-__all__ = ["Session", "refusal"]
-
-_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", re.ASCII)
-_SECONDS = re.compile(r"[0-9]{1,9}", re.ASCII)
-
-
-class _Problem(msgspec.Struct):
-    """The JSON of an error answer; anything else in it is ignored."""
-
-    detail: str = ""
-    code: str = ""
-    submission_id: str = ""
+CA_VARIABLES = ("CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
+"""Certificates that other clients on the machine trust; OpenSSL itself honours SSL_CERT_FILE and SSL_CERT_DIR."""
 
 
 class Session:
@@ -69,42 +54,53 @@ class Session:
         self.mirrors = [Mirror(number, address, tuning) for number, address in enumerate(addresses)]
         self.stopping = threading.Event()
         self.notify = notify or (lambda text: None)
-        self._context: ssl.SSLContext | None = None
-        if any(address.scheme == "https" for address in addresses):
-            self._context = tls_context(ca_file)
+        ca_file = ca_file or next(filter(None, map(os.environ.get, CA_VARIABLES)), None)
+        context = functools.cache(lambda: tls_context(ca_file))
+        if any(address.origin.secure for address in addresses):
+            context()
+        self._connector = Connector(
+            ProxyRules(os.environ),
+            context,
+            connect_timeout_s=tuning.connect_timeout_s,
+            stall_s=tuning.stall_s,
+            on_wait=self.raise_if_stopped,
+        )
         self._lock = threading.Lock()
-        self._idle: dict[Address, list[Connection]] = {}
-        self._live: set[Connection] = set()
+        self._idle: dict[int, list[Connection]] = {}
+        self._live: dict[Connection, int] = {}
+        """Connection -> number of the mirror that it leads to."""
 
     def connect(self, mirror: Mirror) -> Connection:
         """An idle connection to the mirror, else a new one. Raises Unreachable and Stopped."""
         with self._lock:
-            idle = self._idle.get(mirror.address)
+            idle = self._idle.get(mirror.number)
             if idle:
                 return idle.pop()
-        if self.stopping.is_set():
-            raise Stopped("stopped")
-        secure = mirror.address.scheme == "https"
-        connection = Connection(mirror.address, self.tuning, self._context if secure else None)
+        self.raise_if_stopped()
+        connection = self._connector.open(mirror.address.origin)
         mirror.rtt = min(mirror.rtt, connection.rtt) if mirror.rtt else connection.rtt
         with self._lock:
-            self._live.add(connection)
+            self._live[connection] = mirror.number
         if self.stopping.is_set():
             self.discard(connection)
-            raise Stopped("stopped")
+        self.raise_if_stopped()
         return connection
+
+    def raise_if_stopped(self) -> None:
+        if self.stopping.is_set():
+            raise Stopped("stopped; the same call goes on from here")
 
     def keep(self, connection: Connection) -> None:
         """Give a connection back; it is closed unless another request can follow."""
         if connection.reusable:
             with self._lock:
-                self._idle.setdefault(connection.address, []).append(connection)
+                self._idle.setdefault(self._live[connection], []).append(connection)
         else:
             self.discard(connection)
 
     def discard(self, connection: Connection) -> None:
         with self._lock:
-            self._live.discard(connection)
+            self._live.pop(connection, None)
         connection.close()
 
     def stop(self) -> None:
@@ -123,10 +119,10 @@ class Session:
         for connection in idle:
             self.discard(connection)
 
-    def forgive_moved(self) -> None:
+    def readmit_changed(self) -> None:
         """Use mirrors again that were left out for having another version: another manifest is about to be read."""
         for mirror in self.mirrors:
-            if isinstance(mirror.dropped, Moved):
+            if isinstance(mirror.dropped, VersionChanged):
                 mirror.dropped = None
 
     def document(
@@ -134,23 +130,24 @@ class Session:
         mirror: Mirror,
         method: str,
         target: str,
-        headers: Sequence[tuple[str, str]] = (),
+        fields: Sequence[tuple[str, str]] = (),
         body: bytes = b"",
         *,
         limit: int | None = None,
-    ) -> tuple[Reply, bytes]:
-        """One request and its whole small answer, whatever its status. A kept connection that died is replaced once."""
+    ) -> tuple[ResponseHead, bytes]:
+        """One request and its whole small response, whatever its status. A kept connection that died is replaced once.
+
+        `target`: path and query as the node sees them.
+        """
         while True:
             connection = self.connect(mirror)
             used_before = connection.requests > 0
             try:
-                signed = self.identity.headers(method, target, body)
-                reply = connection.exchange(method, target, [*signed, *headers], body)
+                head = self._exchange(connection, mirror, method, target, fields, body)
                 data = connection.read_document(self.tuning.max_document if limit is None else limit)
-            except Passing:
+            except TransientError:
                 self.discard(connection)
-                if self.stopping.is_set():
-                    raise Stopped("stopped") from None
+                self.raise_if_stopped()
                 # A server may close an idle connection in the moment in which the request is sent (RFC 9112 9.3.1).
                 if used_before and method in ("GET", "HEAD"):
                     continue
@@ -159,9 +156,22 @@ class Session:
                 self.discard(connection)
                 raise
             self.keep(connection)
-            return reply, data
+            return head, data
 
-    def manifest(self, want: Want, version: str | None, signer: str | None) -> Manifest:
+    def _exchange(
+        self,
+        connection: Connection,
+        mirror: Mirror,
+        method: str,
+        target: str,
+        fields: Sequence[tuple[str, str]],
+        body: bytes = b"",
+    ) -> ResponseHead:
+        """Proofs are for what the node sees: a prefix of the URL is for the proxy before it, which takes it off."""
+        identity = self.identity.headers(method, target, body)
+        return connection.exchange(method, mirror.address.prefix + target, [*identity, *fields], body)
+
+    def manifest(self, unit: UnitRef, version: str | None, signer: str | None) -> Manifest:
         """The unit's manifest from the first mirror that gives one. Raises the first mirror's error when none does."""
         began = time.monotonic()
         failures = 0
@@ -172,113 +182,65 @@ class Session:
                     first = first or mirror.dropped
                     continue
                 try:
-                    return self._manifest_from(mirror, want, version, signer)
+                    return self._manifest_from(mirror, unit, version, signer)
                 except Stopped:
                     raise
                 except ClientError as error:
-                    final = isinstance(error, Refused | BadManifest | BadSignature | Misbehaved)
+                    final = isinstance(error, Refused | BadManifest | BadSignature | ProtocolViolation)
                     if final and len(self.mirrors) > 1:
                         mirror.dropped = error
                         self.notify(f"{mirror.address} is left out: {error}")
                     first = first or error
             assert first is not None, "a session has at least one mirror"
-            if not isinstance(first, Passing):
+            if not isinstance(first, TransientError):
                 raise first
-            wait = max(first.retry_after or 0.0, min(0.2 * 2**failures, 2.0))
             failures += 1
+            wait = max(first.retry_after or 0.0, backoff(failures, first=0.2, most=2.0, jitter=False))
             patience = self.tuning.first_patience_s + (first.retry_after or 0.0)
             if wait > self.tuning.max_retry_after_s or time.monotonic() - began + wait > patience + 1.0:
                 raise first
             if first.retry_after:
                 self.notify(f"{first}; trying again in {wait:.0f} s")
-            if self.stopping.wait(wait):
-                raise Stopped("stopped")
+            self.stopping.wait(wait)
+            self.raise_if_stopped()
 
-    def _manifest_from(self, mirror: Mirror, want: Want, version: str | None, signer: str | None) -> Manifest:
-        target = want.target(mirror.address.prefix, version, manifest=True)
-        reply, data = self.document(mirror, "GET", target, want.headers, limit=self.tuning.max_manifest)
-        if reply.status != 200:
-            raise refusal(reply, data, mirror.address, want.label if version is None else f"{want.label} of {version}")
-        return parse_manifest(data, want, version=version, signer=signer)
+    def _manifest_from(self, mirror: Mirror, unit: UnitRef, version: str | None, signer: str | None) -> Manifest:
+        target = unit.target(version, manifest=True)
+        head, data = self.document(mirror, "GET", target, unit.headers, limit=self.tuning.max_manifest)
+        if head.status != 200:
+            raise refusal(head, data, mirror.address, unit.label if version is None else f"{unit.label} of {version}")
+        return parse_manifest(data, unit, version=version, signer=signer)
 
     def open_range(
         self, connection: Connection, mirror: Mirror, manifest: Manifest, version: str | None, begin: int, end: int
     ) -> None:
         """Ask for payload bytes [begin, end) of exactly this manifest's unit; the body is then ready to be read.
 
-        Raises Moved when the server has another version, Misbehaved when the answer is not what was asked for.
+        Raises VersionChanged when the server has another version, ProtocolViolation when the response is not what was
+        asked for, and what `refusal` says.
         """
-        want = manifest.want
-        target = want.target(mirror.address.prefix, version)
-        reply = connection.exchange(
-            "GET",
-            target,
-            [
-                *self.identity.headers("GET", target),
-                *want.headers,
-                ("Range", f"bytes={begin}-{end - 1}"),
-                ("If-Match", manifest.etag),
-            ],
-        )
-        if reply.status != 206:
-            if reply.status == 200:
-                raise Misbehaved(f"{mirror.address} sent the whole file where a range of it was asked for")
-            if reply.status in (412, 416):
-                raise Moved(f"{mirror.address} has another version of {want.label} now")
-            if reply.status < 400:
-                where = reply.get("location")
-                raise Misbehaved(
-                    f"{mirror.address} redirects elsewhere{f' ({where!r:.200})' if where else ''}, "
-                    "which is not followed as the token would go there too; give the right URL"
-                )
-            document = connection.read_document(self.tuning.max_document)
-            raise refusal(reply, document, mirror.address, want.label)
-        form = _CONTENT_RANGE.fullmatch(reply.get("content-range") or "")
-        if form is None or tuple(map(int, form.groups())) != (begin, end - 1, manifest.size):
-            raise Misbehaved(f"{mirror.address} sent another range than the one that was asked for")
-        if reply.length != end - begin:
-            raise Misbehaved(f"{mirror.address} announced {reply.length} bytes for a range of {end - begin}")
-        if reply.get("etag") != manifest.etag:
-            raise Moved(f"{mirror.address} sent bytes of another version of {want.label}")
-        connection.begin_body(end - begin)
-
-
-def refusal(reply: Reply, document: bytes, address: Address, what: str) -> ClientError:
-    """The error for a status that is no success: which kind, and a sentence that says what to do."""
-    try:
-        problem = msgspec.json.decode(document, type=_Problem)
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        problem = _Problem()
-    # The server's own sentence is shown, but never control characters (a terminal would obey them) or pages of text.
-    said = "".join(c for c in problem.detail[:300] if c.isprintable())
-    status, code = reply.status, problem.code[:64]
-    tail = f" (it says: {said})" if said else ""
-    if status in (408, 429, 500, 502, 503, 504):
-        what_to_do = "is busy or not ready" if status in (429, 503) else f"failed (status {status})"
-        return Busy(f"{address} {what_to_do}{tail}", _retry_after(reply))
-    if status == 401:
-        text = f"{address} does not accept the token or the proof; check BZ_AUTH_TOKEN{tail}"
-        return Unauthorized(text, status, code, said)
-    if status == 403:
-        return Forbidden(f"{address} does not allow {what} for this caller{tail}", status, code, said)
-    if status == 404:
-        return NotFound(f"{address} does not have {what}{tail}", status, code, said)
-    if 300 <= status < 400:
-        return Misbehaved(f"{address} redirects elsewhere, which is not followed as the token would go there too")
-    text = f"{address} answered {status} for {what}{tail}"
-    return Refused(text, status, code, said, problem.submission_id[:64])
-
-
-def _retry_after(reply: Reply) -> float | None:
-    """Seconds, from either form of Retry-After (RFC 9110 10.2.3)."""
-    text = reply.get("retry-after")
-    if text is None:
-        return None
-    if _SECONDS.fullmatch(text):
-        return float(text)
-    from email.utils import parsedate_to_datetime  # 10 ms for what hardly any server sends
-
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return None
+        unit, address = manifest.unit, mirror.address
+        conditions = [("Range", f"bytes={begin}-{end - 1}"), ("If-Match", manifest.etag)]
+        head = self._exchange(connection, mirror, "GET", unit.target(version), [*unit.headers, *conditions])
+        if head.status != 206:
+            if head.status == 200:
+                raise ProtocolViolation(f"{address} sent the whole file where a range of it was asked for")
+            if head.status in (412, 416):
+                raise VersionChanged(f"{address} has another version of {unit.label} now")
+            if head.status < 400:
+                raise redirect_error(head, address)
+            raise refusal(head, connection.read_document(self.tuning.max_document), address, unit.label)
+        if parse_content_range(head.get("content-range")) != (begin, end, manifest.size):
+            raise ProtocolViolation(f"{address} sent another range than the one that was asked for")
+        if head.encoded or connection.remaining != end - begin:
+            raise ProtocolViolation(
+                f"{address} sent a range of {end - begin} bytes encoded, or without their number in Content-Length"
+            )
+        etag = head.get("etag")
+        if etag == f"W/{manifest.etag}":
+            raise ProtocolViolation(
+                f"a proxy on the way to {address} changes responses (it weakened the entity tag of {unit.label}); go "
+                "round it, or have it leave responses alone"
+            )
+        if etag != manifest.etag:
+            raise VersionChanged(f"{address} sent bytes of another version of {unit.label}")

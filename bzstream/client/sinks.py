@@ -1,6 +1,6 @@
 """Where received bytes go: a .part file, or memory that will be tensors.
 
-A lane asks its writer for room, receives straight into it, and tells how much came. In memory the room *is* the
+A worker asks its writer for room, receives straight into it, and tells how much came. In memory the room *is* the
 destination. For a file it is a page-aligned buffer that fits the processor's cache, hashed there and then written:
 direct (past the page cache) when it filled up fast, because a copy saved on a fast link is half of the client's work;
 through the page cache, at once, when the link is slow, so that a kill loses next to nothing. Both can mix in one file
@@ -12,17 +12,19 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from bzstream.client.errors import DiskTrouble
-from bzstream.client.journal import sync_folder
+from bzstream.client.errors import DiskError
 from bzstream.client.kernel import allocate, start_writing
 from bzstream.client.tuning import Tuning
+from bzstream.util.durable import replace_file
+from bzstream.util.files import read_fully, write_fully
 
-__all__ = ["Buffer", "FileSink", "MemorySink", "Sink", "Writer", "disk_trouble"]
+__all__ = ["Buffer", "FileSink", "MemorySink", "Sink", "Writer", "disk_error", "require_regular"]
 
 PAGE = mmap.PAGESIZE
 
@@ -31,7 +33,7 @@ Buffer = tuple[mmap.mmap, memoryview]
 
 
 class Writer(Protocol):
-    """One lane's way into a sink."""
+    """One worker's way into a sink."""
 
     def begin(self, position: int) -> None:
         """The next bytes belong at `position`."""
@@ -99,7 +101,7 @@ class _MemoryWriter:
 class FileSink:
     """A .part file of `size` bytes, its blocks reserved at the start so that a full disk is known at once.
 
-    Raises DiskTrouble.
+    Raises DiskError.
     """
 
     def __init__(self, path: Path, size: int, tuning: Tuning) -> None:
@@ -112,11 +114,11 @@ class FileSink:
         self.fd = self._direct = -1
         try:
             self.fd = os.open(path, flags, 0o644)
+            require_regular(self.fd, path)
             allocate(self.fd, size)
-        except OSError as error:
-            if self.fd >= 0:
-                os.close(self.fd)
-            raise disk_trouble(error, path) from None
+        except (OSError, DiskError) as error:
+            self.close()
+            raise (disk_error(error, path) if isinstance(error, OSError) else error) from None
         try:
             self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC | os.O_NOFOLLOW)
             self.use_direct = True
@@ -137,24 +139,17 @@ class FileSink:
     def read_into(self, position: int, view: memoryview) -> None:
         """Fill `view` from the file."""
         try:
-            while view:
-                count = os.preadv(self.fd, [view], position)
-                if count == 0:
-                    raise DiskTrouble(f"{self.path} was cut short by somebody else; start the pull again")
-                position += count
-                view = view[count:]
+            if read_fully(self.fd, view, position) < len(view):
+                raise DiskError(f"{self.path} was cut short by somebody else; start the pull again")
         except OSError as error:
-            raise disk_trouble(error, self.path) from None
+            raise disk_error(error, self.path) from None
 
     def write(self, view: memoryview, position: int) -> None:
         """Write through the page cache."""
         try:
-            while view:
-                count = os.pwrite(self.fd, view, position)
-                position += count
-                view = view[count:]
+            write_fully(self.fd, view, position)
         except OSError as error:
-            raise disk_trouble(error, self.path) from None
+            raise disk_error(error, self.path) from None
 
     def write_direct(self, view: memoryview, position: int) -> bool:
         """Write whole pages past the page cache; False if the file system does not want that after all."""
@@ -163,7 +158,7 @@ class FileSink:
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.EOPNOTSUPP):
                 return False
-            raise disk_trouble(error, self.path) from None
+            raise disk_error(error, self.path) from None
         if count < len(view):
             self.write(view[count:], position + count)
         return True
@@ -175,10 +170,9 @@ class FileSink:
         """Give the complete file its name: all bytes durable first, then the name, then the folder."""
         try:
             os.fsync(self.fd)
-            os.replace(self.path, final)
-            sync_folder(final.parent)
+            replace_file(self.path, final)
         except OSError as error:
-            raise disk_trouble(error, final) from None
+            raise disk_error(error, final) from None
 
     def close(self) -> None:
         for fd in (self.fd, self._direct):
@@ -188,7 +182,7 @@ class FileSink:
 
 
 class _FileWriter:
-    """Gathers one lane's bytes. The buffer's offset and the file's position agree modulo the page size."""
+    """Gathers one worker's bytes. The buffer's offset and the file's position agree modulo the page size."""
 
     def __init__(self, sink: FileSink, spare: Callable[[int, Buffer], Buffer] | None) -> None:
         self._sink = sink
@@ -252,12 +246,20 @@ class _FileWriter:
         self._at += count
 
 
-def disk_trouble(error: OSError, path: Path) -> DiskTrouble:
+def require_regular(fd: int, path: Path) -> os.stat_result:
+    """The status of an open file. Raises DiskError for a folder, a pipe or a device."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise DiskError(f"{path} is in the way: it is no regular file; remove it or choose another folder")
+    return status
+
+
+def disk_error(error: OSError, path: Path) -> DiskError:
     """One clear sentence for what the disk said."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskTrouble(f"the disk is full: there is no room for {path}; free some and run the same command again")
+        return DiskError(f"the disk is full: there is no room for {path}; free some and run the same command again")
     if error.errno == errno.EFBIG:
-        return DiskTrouble(f"{path} is larger than the file system or a limit of this shell allows")
+        return DiskError(f"{path} is larger than the file system or a limit of this shell allows")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return DiskTrouble(f"{path} cannot be written: {error.strerror}; choose another folder")
-    return DiskTrouble(f"{path}: {error.strerror or error}")
+        return DiskError(f"{path} cannot be written: {error.strerror}; choose another folder")
+    return DiskError(f"{path}: {error.strerror or error}")

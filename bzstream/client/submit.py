@@ -6,8 +6,6 @@ identical signed body carries the submission's id. So a lost answer is asked for
 
 from __future__ import annotations
 
-import hashlib
-import random
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +15,21 @@ from pathlib import Path
 import msgspec
 
 from bzstream.chain.keys import Key, load_key
-from bzstream.client.entry import MAX_GROUP, Options, UsageError, open_session
-from bzstream.client.errors import ClientError, DiskTrouble, Misbehaved, Passing, Refused, Stopped
-from bzstream.client.session import Session, refusal
+from bzstream.client.errors import (
+    ClientError,
+    DiskError,
+    ProtocolViolation,
+    Refused,
+    Stopped,
+    TransientError,
+    UsageError,
+)
+from bzstream.client.responses import BUSY, refusal
+from bzstream.client.session import Session
+from bzstream.client.session_factory import MAX_GROUP, Options, open_session
 from bzstream.client.tuning import Tuning
+from bzstream.util.backoff import backoff
+from bzstream.util.files import hash_file
 
 __all__ = ["SubmissionReport", "SubmissionStatus", "follow", "submit"]
 
@@ -88,7 +97,7 @@ def submit(
     come is asked for again for `patience_s` seconds.
 
     Raises Refused (status and code say why: 423 not the submit phase, 409 another submission for this block, ...),
-    Passing when no sure answer came, and KeyUnavailable.
+    TransientError when no sure answer came, and KeyUnavailable.
     """
     if not 0 <= group <= MAX_GROUP:
         raise UsageError(f"{group} is not the number of a group")
@@ -104,7 +113,7 @@ def submit(
             "hotkey": signer.ss58_address,
         }
         if checkpoint is not None:
-            fields["checkpoint_hash"] = hash_file(checkpoint)
+            fields["checkpoint_hash"] = _checkpoint_hash(checkpoint)
         body = msgspec.json.encode({**fields, "signature": signer.sign_fields(fields)})
         accepted, already = _send(session, body, patience_s)
     finally:
@@ -132,22 +141,22 @@ def follow(
 ) -> Iterator[SubmissionStatus]:
     """Each state of a submission as the node reports it, the final one last; waits in between.
 
-    Raises Refused, and Passing when the node does not answer for `patience_s`.
+    Raises Refused, and TransientError when the node does not answer for `patience_s`.
     """
     if not _ID_FORM.fullmatch(submission_id):
         raise UsageError("that is not the id of a submission")
     session = _open(url, token, ca_file, None, tuning)
-    path = f"{session.mirrors[0].address.prefix}/submissions/{submission_id}"
+    path = f"/submissions/{submission_id}"
     seen = ""
     try:
         while True:
-            data = _patiently(session, "GET", path, b"", patience_s)
+            data = _request_with_retries(session, "GET", path, b"", patience_s)
             try:
                 status = msgspec.json.decode(data[1], type=SubmissionStatus)
             except (msgspec.MsgspecError, UnicodeDecodeError):
-                raise Misbehaved("the node's answer about the submission is malformed") from None
+                raise ProtocolViolation("the node's answer about the submission is malformed") from None
             if status.status not in _STATES:
-                raise Misbehaved(f"the node reports a state that does not exist: {status.status!r:.40}")
+                raise ProtocolViolation(f"the node reports a state that does not exist: {status.status!r:.40}")
             if status.status != seen:
                 seen = status.status
                 yield status
@@ -158,13 +167,12 @@ def follow(
         session.close()
 
 
-def hash_file(path: Path) -> str:
-    """`sha256:<hex>` of a file. Raises DiskTrouble."""
+def _checkpoint_hash(path: Path) -> str:
+    """`sha256:<hex>` of a file. Raises DiskError."""
     try:
-        with path.open("rb") as stream:
-            return "sha256:" + hashlib.file_digest(stream, "sha256").hexdigest()
+        return f"sha256:{hash_file(path)}"
     except OSError as error:
-        raise DiskTrouble(f"the checkpoint {path} cannot be read: {error.strerror}") from None
+        raise DiskError(f"the checkpoint {path} cannot be read: {error.strerror}") from None
 
 
 def _open(
@@ -175,57 +183,56 @@ def _open(
 
 
 def _current_block(session: Session, patience_s: float) -> int:
-    data = _patiently(session, "GET", f"{session.mirrors[0].address.prefix}/health", b"", patience_s)[1]
+    data = _request_with_retries(session, "GET", "/health", b"", patience_s)[1]
     try:
         return msgspec.json.decode(data, type=_Health).current_block
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        raise Misbehaved("the node's /health is malformed; give the block number yourself") from None
+        raise ProtocolViolation("the node's /health is malformed; give the block number yourself") from None
 
 
 def _send(session: Session, body: bytes, patience_s: float) -> tuple[_Accepted, bool]:
     """The node's word that it has the submission, and whether it had it before."""
-    path = f"{session.mirrors[0].address.prefix}/submit"
     try:
-        status, data = _patiently(session, "POST", path, body, patience_s)
+        status, data = _request_with_retries(session, "POST", "/submit", body, patience_s)
     except Refused as refused:
         if refused.status == 409 and _ID_FORM.fullmatch(refused.submission_id):
             return _Accepted(refused.submission_id), True
         raise
     if status != 202:
-        raise Misbehaved(f"the node answered {status} to a submission, which means nothing")
+        raise ProtocolViolation(f"the node answered {status} to a submission, which means nothing")
     try:
         accepted = msgspec.json.decode(data, type=_Accepted)
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        raise Misbehaved("the node accepted the submission but its answer is malformed") from None
+        raise ProtocolViolation("the node accepted the submission but its answer is malformed") from None
     if not _ID_FORM.fullmatch(accepted.submission_id):
-        raise Misbehaved("the node accepted the submission but its id is malformed")
+        raise ProtocolViolation("the node accepted the submission but its id is malformed")
     return accepted, False
 
 
-def _patiently(session: Session, method: str, path: str, body: bytes, patience_s: float) -> tuple[int, bytes]:
+def _request_with_retries(
+    session: Session, method: str, path: str, body: bytes, patience_s: float
+) -> tuple[int, bytes]:
     """One request, made again while there is no answer or a request to come back later."""
     mirror = session.mirrors[0]
     fields = [("Content-Type", "application/json")] if body else []
     deadline = time.monotonic() + patience_s
-    pause = 0.2
+    failures = 0
     while True:
         error: ClientError
         try:
-            reply, data = session.document(mirror, method, path, fields, body)
-            if 200 <= reply.status < 300:
-                return reply.status, data
-            error = refusal(reply, data, mirror.address, "the submission")
-            if reply.status == 429 and body:
-                # Not a busy server: this hotkey has had its share of the cycle, and waiting does not change that.
-                error = Refused(str(error).replace("is busy or not ready", "takes no more submissions"), 429)
-        except Passing as passing:
-            error = passing
-        if not isinstance(error, Passing) or (error.retry_after or 0.0) > patience_s:
+            head, data = session.document(mirror, method, path, fields, body)
+            if 200 <= head.status < 300:
+                return head.status, data
+            # A submission's 429 is no busy server: this hotkey has had its share of the cycle.
+            error = refusal(head, data, mirror.address, "the submission", busy=BUSY - {429} if body else BUSY)
+        except TransientError as transient:
+            error = transient
+        if not isinstance(error, TransientError) or (error.retry_after or 0.0) > patience_s:
             raise error
-        wait = max(error.retry_after or 0.0, pause * random.uniform(0.5, 1.5))
+        failures += 1
+        wait = max(error.retry_after or 0.0, backoff(failures, first=0.2, most=5.0))
         if time.monotonic() + wait > deadline:
             raise error
         session.notify(f"{error}; trying again")
         if session.stopping.wait(wait):
             raise Stopped("stopped before the node gave a sure answer; the same call asks again")
-        pause = min(2 * pause, 5.0)

@@ -13,16 +13,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from bzstream.chain.keys import Key
-from bzstream.client.address import Want
-from bzstream.client.entry import Options, UsageError, open_session, settle_receiver
-from bzstream.client.errors import Misbehaved, Moved
-from bzstream.client.follower import Follower
+from bzstream.client.address import UnitRef
+from bzstream.client.errors import ProtocolViolation, UsageError, VersionChanged
 from bzstream.client.manifest import Manifest
 from bzstream.client.plan import Plan
 from bzstream.client.progress import Progress, UnitReport
-from bzstream.client.report import unit_report, wrong_whole
 from bzstream.client.session import Session
+from bzstream.client.session_factory import Options, choose_receiver, open_session
 from bzstream.client.sinks import MemorySink
+from bzstream.client.streaming_sha256 import StreamingSha256
 from bzstream.client.transfer import Transfer
 from bzstream.client.tuning import Tuning
 from bzstream.tensorfile import Head, TensorFileError, parse_head
@@ -68,29 +67,29 @@ def fetch_tensors(
     """
     if pin and framework != "torch":
         raise UsageError("only torch tensors can be pinned; give framework='torch'")
-    want = Want("partial", group) if unit in (None, "partial") and group is not None else Want(unit or "shared")
-    if want.kind == "partial" and want.group is None:
+    ref = UnitRef("partial", group) if unit in (None, "partial") and group is not None else UnitRef(unit or "shared")
+    if ref.kind == "partial" and ref.group is None:
         raise UsageError("a slice needs the number of its group")
     options = Options(hotkey, key, token, validator_hotkey, version, ca_file, connections)
-    session = open_session(url, options, tuning or Tuning(), notify, claim_needed=want.kind != "full")
+    session = open_session(url, options, tuning or Tuning(), notify, claim_needed=ref.kind != "full")
     if _opened is not None:
         _opened(session)
     try:
-        settle_receiver(session, options)
+        choose_receiver(session, options)
         for _ in range(session.tuning.strikes):
-            manifest = session.manifest(want, version, validator_hotkey)
+            manifest = session.manifest(ref, version, validator_hotkey)
             try:
                 memory, owner = _allocate(manifest.size, framework, pin=pin)
                 done = _receive(session, manifest, memory, options, verify, progress or (lambda _: None))
-            except Moved:
+            except VersionChanged:
                 session.notify("the server has moved on to another version; starting that one")
-                session.forgive_moved()
+                session.readmit_changed()
                 continue
             head = parse_head(_head_bytes(memory), manifest.size, max_head=MAX_HEAD, aligned=True)
             if report is not None:
                 report(done)
             return _torch_views(head, owner) if framework == "torch" else _numpy_views(head, memory)
-        raise Misbehaved(f"{session.mirrors[0].address} changes its version faster than it can be fetched")
+        raise ProtocolViolation(f"{session.mirrors[0].address} changes its version faster than it can be fetched")
     finally:
         session.close()
 
@@ -124,23 +123,19 @@ def _receive(
     def read_into(position: int, view: memoryview) -> None:
         view[:] = memory[position : position + len(view)]
 
-    follower = Follower(manifest.size, read_into, session.tuning) if verify == "sha256" else None
+    sha256 = StreamingSha256(manifest.size, read_into, session.tuning) if verify == "sha256" else None
     transfer = Transfer(
         session,
         manifest,
         Plan(manifest.size, manifest.chunk_size),
         MemorySink(memory, session.tuning),
         version=options.version,
-        lanes=options.connections,
+        workers=options.connections,
         check=verify != "none",
-        follower=follower,
+        sha256=sha256,
     )
     transfer.run(on_progress)
-    if follower is not None:
-        transfer.await_hash(on_progress)
-        if follower.digest() != manifest.sha256:
-            raise wrong_whole(manifest)
-    return unit_report(manifest, transfer)
+    return transfer.report()
 
 
 def _head_bytes(memory: memoryview) -> bytes:

@@ -1,6 +1,6 @@
-"""Many connections, one unit: the conductor of the lanes that fetch, check and repair it.
+"""Many connections, one unit: the conductor of the workers that fetch, check and repair it.
 
-The caller's thread conducts: it opens lanes, and more of them while that makes the whole faster; cuts off those that
+The caller's thread conducts: it opens workers, and more of them while that makes the whole faster; cuts off those that
 hang when others are idle; reports progress; and decides when to give up: when no mirror is left, or when next to
 nothing came for `patience_s`.
 """
@@ -11,23 +11,24 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Protocol
 
-from bzstream.client.errors import Moved, Passing, Stopped
-from bzstream.client.follower import Follower
+from bzstream.client.errors import TransientError, VersionChanged, WrongHash
+from bzstream.client.fetch_worker import FetchWorker
 from bzstream.client.journal import Journal
-from bzstream.client.lane import Lane
 from bzstream.client.manifest import Manifest
 from bzstream.client.plan import Plan
-from bzstream.client.progress import Progress, Speedometer
+from bzstream.client.progress import Progress, RateMeter, UnitReport, unit_report
 from bzstream.client.session import Session
 from bzstream.client.sinks import Sink
-from bzstream.client.work import Work
+from bzstream.client.streaming_sha256 import StreamingSha256
+from bzstream.client.transfer_state import TransferState
 
-__all__ = ["Donor", "Transfer"]
+__all__ = ["LocalChunkSource", "Transfer", "wrong_file_hash"]
 
 
-class Donor(Protocol):
+class LocalChunkSource(Protocol):
     """Where chunks come from that need not cross the network: an older file."""
 
     def chunks(self) -> Sequence[int]: ...
@@ -39,7 +40,7 @@ class Donor(Protocol):
 class Transfer:
     """One unit on its way; `run` does it all in the caller's thread and the threads it starts.
 
-    `lanes`: their number, None to find it out. `version`: what requests name. `check`: whether chunks are hashed.
+    `workers`: their number, None to find it out. `version`: what requests name. `check`: whether chunks are hashed.
     `donor`: gives the chunks that the plan holds reserved.
     """
 
@@ -51,117 +52,126 @@ class Transfer:
         sink: Sink,
         *,
         version: str | None,
-        lanes: int | None,
+        workers: int | None,
         check: bool,
-        follower: Follower | None = None,
+        sha256: StreamingSha256 | None = None,
         journal: Journal | None = None,
-        donor: Donor | None = None,
+        local: LocalChunkSource | None = None,
     ) -> None:
-        self._work = Work(
-            session, manifest, plan, sink, version=version, check=check, follower=follower, journal=journal
+        self._state = TransferState(
+            session, manifest, plan, sink, version=version, check=check, sha256=sha256, journal=journal
         )
         self._tuning = session.tuning
         self._session = session
-        self._donor = donor
-        self._fixed = lanes
-        self._lanes: list[threading.Thread] = []
-        self.most_lanes = 0
+        self._local = local
+        self._fixed = workers
+        self._workers: list[threading.Thread] = []
+        self.most_workers = 0
         """The most connections at once."""
         self.seconds = 0.0
 
     @property
     def fetched(self) -> int:
         """Payload bytes that came over the network."""
-        return self._work.fetched
+        return self._state.fetched
 
-    @property
-    def again(self) -> int:
-        """Chunks that were wrong and fetched again."""
-        return self._work.again
+    def report(self, path: Path | None = None) -> UnitReport:
+        """What is said of the unit after `run`."""
+        return unit_report(
+            self._state.manifest,
+            path=path,
+            fetched=self._state.fetched,
+            seconds=self.seconds,
+            connections=self.most_workers,
+            refetched=self._state.refetched,
+        )
 
     def run(self, on_progress: Callable[[Progress], None]) -> None:
-        """Fetch everything. Raises what ended it; whatever is verified is recorded in the journal by then."""
+        """Fetch and verify everything. Raises what ended it; the journal has recorded whatever is verified by then."""
         began = time.monotonic()
-        work = self._work
+        state = self._state
         helpers = []
-        if self._donor is not None:
-            helpers.append(self._start(partial(self._copy, self._donor), "bzstream-copy"))
-        if work.journal is not None:
-            helpers.append(self._start(partial(self._scribe, work.journal), "bzstream-state"))
-        if work.follower is not None:
-            work.follower.start()
+        if self._local is not None:
+            helpers.append(self._start(partial(self._copy, self._local), "bzstream-copy"))
+        if state.journal is not None:
+            helpers.append(self._start(partial(self._flush_journal, state.journal), "bzstream-state"))
+        if state.sha256 is not None:
+            state.sha256.start()
         try:
-            for index in work.plan.unjudged:
-                work.judge(index, None)
-            work.follow()
-            self._conduct(on_progress)
+            for index in state.plan.unverified:
+                state.verify_chunk(index, None)
+            state.follow()
+            self._control_loop(on_progress)
         finally:
             self._end()
             for helper in helpers:
                 helper.join()
-            for number, lane in enumerate(self._lanes):
-                # A connection attempt cannot be interrupted; it touches nothing of ours when it comes back.
-                while lane.is_alive() and number not in work.connecting:
-                    lane.join(0.05)
-            if work.follower is not None and not work.plan.complete:
-                work.follower.stop()
+            for number, worker in enumerate(self._workers):
+                # A name that is being looked up cannot be interrupted; the thread touches nothing of ours after it.
+                while worker.is_alive() and number not in state.connecting:
+                    worker.join(0.05)
+            if state.sha256 is not None and not state.plan.complete:
+                state.sha256.stop()
+            self.seconds = time.monotonic() - began
+        if state.sha256 is not None:
+            self._check_whole(state.sha256, on_progress)
             self.seconds = time.monotonic() - began
 
-    def await_hash(self, on_progress: Callable[[Progress], None]) -> None:
-        """After `run`: wait until the SHA-256 has seen everything. Raises Stopped."""
-        follower = self._work.follower
-        assert follower is not None, "nobody computes the SHA-256"
-        began = time.monotonic()
+    def _check_whole(self, sha256: StreamingSha256, on_progress: Callable[[Progress], None]) -> None:
+        """Wait until the SHA-256 has seen everything. Raises WrongHash and Stopped."""
         try:
-            while not follower.wait(self._tuning.tick_s):
+            while not sha256.wait(self._tuning.tick_s):
                 on_progress(self.progress("hashing"))
-                self._stop_if_told()
+                self._session.raise_if_stopped()
         finally:
-            follower.stop()
-            self.seconds += time.monotonic() - began
+            sha256.stop()
+        if sha256.digest() != self._state.manifest.sha256:
+            if self._state.journal is not None:
+                self._state.journal.invalidate()
+            raise wrong_file_hash(self._state.manifest)
 
     def progress(self, stage: str = "fetching") -> Progress:
         """How it stands."""
-        work, manifest = self._work, self._work.manifest
-        with work.lock:
-            present = work.plan.done_bytes + sum(chunk.covered for chunk in work.plan.chunks.values())
-            verified = work.plan.done_bytes if work.check else 0
-            fetched, connections = work.fetched, len(work.busy)
+        state, manifest = self._state, self._state.manifest
+        with state.lock:
+            present = state.plan.done_bytes + sum(chunk.covered for chunk in state.plan.chunks.values())
+            verified = state.plan.done_bytes if state.check else 0
+            fetched, connections = state.fetched, len(state.busy)
         return Progress(
-            label=manifest.want.label,
+            label=manifest.unit.label,
             version=manifest.version,
             stage=stage,
             size=manifest.size,
             present=present,
             verified=verified,
-            hashed=work.follower.position if work.follower is not None else 0,
+            hashed=state.sha256.position if state.sha256 is not None else 0,
             fetched=fetched,
-            rate=work.rate,
-            seconds_left=(manifest.size - present) / work.rate if work.rate > 0 else None,
+            rate=state.rate,
+            seconds_left=(manifest.size - present) / state.rate if state.rate > 0 else None,
             connections=connections,
         )
 
-    def _conduct(self, on_progress: Callable[[Progress], None]) -> None:
-        work, tuning = self._work, self._tuning
-        long_meter, short_meter = Speedometer(3.0), Speedometer(1.0)
-        self._open_lanes(self._first_lanes())
+    def _control_loop(self, on_progress: Callable[[Progress], None]) -> None:
+        state, tuning = self._state, self._tuning
+        long_meter, short_meter = RateMeter(3.0), RateMeter(1.0)
+        self._start_workers(self._first_workers())
         quiet_since = time.monotonic()
         seen = (0, -1)
-        probe_s = max(tuning.probe_s, tuning.probe_rtts * max(mirror.rtt for mirror in work.mirrors))
+        probe_s = max(tuning.probe_s, tuning.probe_rtts * max(mirror.rtt for mirror in state.mirrors))
         next_probe = quiet_since + probe_s
         rate_before, probing = 0.0, self._fixed is None
         while True:
-            with work.changed:
-                if work.failure is None and not work.plan.complete:
-                    work.changed.wait(tuning.tick_s)
-                if work.failure is not None:
-                    raise work.failure
-                if work.plan.complete:
+            with state.changed:
+                if state.failure is None and not state.plan.complete:
+                    state.changed.wait(tuning.tick_s)
+                if state.failure is not None:
+                    raise state.failure
+                if state.plan.complete:
                     return
-            self._stop_if_told()
+            self._session.raise_if_stopped()
             now = time.monotonic()
-            work.rate = long_meter.update(now, work.fetched)
-            recent = short_meter.update(now, work.fetched)
+            state.rate = long_meter.update(now, state.fetched)
+            recent = short_meter.update(now, state.fetched)
             moment = self.progress()
             on_progress(moment)
             if moment.fetched >= seen[0] + tuning.trickle or moment.verified != seen[1]:
@@ -172,112 +182,108 @@ class Transfer:
                 next_probe = now + probe_s
                 probing, rate_before = self._probe(rate_before, recent)
 
-    def _first_lanes(self) -> int:
+    def _first_workers(self) -> int:
         if self._fixed is not None:
             return self._fixed
         tuning = self._tuning
-        rtts = [mirror.rtt for mirror in self._work.mirrors if mirror.rtt]
+        rtts = [mirror.rtt for mirror in self._state.mirrors if mirror.rtt]
         near = not rtts or min(rtts) < tuning.near_rtt_s
         worth = 2 * tuning.min_run if near else tuning.min_run // 4
-        most = tuning.far_lanes
+        most = tuning.far_workers
         if near:
-            most = tuning.near_lanes if self._work.follower is None else tuning.near_hashing_lanes
-        return min(most, 1 + self._work.plan.open_bytes // worth)
+            most = tuning.near_workers if self._state.sha256 is None else tuning.near_hashing_workers
+        return min(most, 1 + self._state.plan.open_bytes // worth)
 
     def _probe(self, rate_before: float, recent: float) -> tuple[bool, float]:
-        """Half as many lanes more, as long as the last ones brought 5%: whether to go on, and the rate to beat."""
-        work = self._work
-        with work.changed:
-            if work.plan.open_bytes < 3 * recent:
+        """Half as many workers more, as long as the last ones brought 5%: whether to go on, and the rate to beat."""
+        state = self._state
+        with state.changed:
+            if state.plan.open_bytes < 3 * recent:
                 return False, rate_before
-            if work.waiting or len(work.busy) < work.target:
+            if state.waiting or len(state.busy) < state.target:
                 return True, rate_before
             if recent < rate_before * 1.05:
-                # The lanes that did not help go home after their run.
-                work.target = max(2, work.target * 2 // 3)
+                # The workers that did not help go home after their run.
+                state.target = max(2, state.target * 2 // 3)
                 return False, rate_before
-            target = work.target
-        if target >= self._tuning.max_lanes:
+            target = state.target
+        if target >= self._tuning.max_workers:
             return False, rate_before
-        self._open_lanes(min(self._tuning.max_lanes, target * 3 // 2 + 1))
+        self._start_workers(min(self._tuning.max_workers, target * 3 // 2 + 1))
         return True, recent
 
-    def _open_lanes(self, target: int) -> None:
-        with self._work.lock:
-            self._work.target = target
-        self.most_lanes = max(self.most_lanes, target)
-        for number in range(len(self._lanes), target):
-            self._lanes.append(self._start(Lane(self._work, number).run, f"bzstream-lane-{number}"))
+    def _start_workers(self, target: int) -> None:
+        with self._state.lock:
+            self._state.target = target
+        self.most_workers = max(self.most_workers, target)
+        for number in range(len(self._workers), target):
+            self._workers.append(self._start(FetchWorker(self._state, number).run, f"bzstream-worker-{number}"))
 
-    def _start(self, work: Callable[[], None], name: str) -> threading.Thread:
-        thread = threading.Thread(target=self._work.guarded, args=(work,), name=name, daemon=True)
+    def _start(self, state: Callable[[], None], name: str) -> threading.Thread:
+        thread = threading.Thread(target=self._state.guarded, args=(state,), name=name, daemon=True)
         thread.start()
         return thread
 
-    def _stop_if_told(self) -> None:
-        if self._session.stopping.is_set():
-            raise Stopped("stopped; the same call goes on from here")
-
     def _give_up_if_hopeless(self, now: float, quiet_since: float) -> None:
-        work = self._work
-        with work.lock:
-            alive = [mirror for mirror in work.mirrors if mirror.dropped is None]
+        state = self._state
+        with state.lock:
+            alive = [mirror for mirror in state.mirrors if mirror.dropped is None]
             if not alive:
                 # A move first: with another manifest the mirrors may be good again.
-                verdicts = [mirror.dropped for mirror in work.mirrors if mirror.dropped is not None]
-                raise next((error for error in verdicts if isinstance(error, Moved)), verdicts[0])
+                verdicts = [mirror.dropped for mirror in state.mirrors if mirror.dropped is not None]
+                raise next((error for error in verdicts if isinstance(error, VersionChanged)), verdicts[0])
             resume = min(mirror.not_before for mirror in alive)
-            trouble = work.last_trouble
+            trouble = state.last_trouble
         if now - max(quiet_since, min(resume, now)) > self._tuning.patience_s:
             why = f" ({trouble})" if trouble is not None else ""
-            raise Passing(
+            raise TransientError(
                 f"next to nothing came for {self._tuning.patience_s:g} s{why}; the same call goes on from here"
             )
 
     def _cut_off_stuck(self, now: float) -> None:
-        """While others have nothing to do, a lane that receives nothing is cut off, so that they can have its work."""
-        work = self._work
-        with work.lock:
-            if not work.waiting or work.plan.free or work.plan.again:
+        """While others have nothing to do, cut off a worker that receives nothing, so that they can have its work."""
+        state = self._state
+        with state.lock:
+            if not state.waiting or state.plan.free or state.plan.refetch:
                 return
-            late = max(self._tuning.stuck_s, 10 * max(mirror.rtt for mirror in work.mirrors))
-            stuck = [segment.lane for segment in work.plan.active if now - segment.moved > late]
-            connections = [work.busy[lane] for lane in stuck if lane in work.busy]
+            late = max(self._tuning.stuck_s, 10 * max(mirror.rtt for mirror in state.mirrors))
+            stuck = [segment.worker for segment in state.plan.active if now - segment.moved > late]
+            connections = [state.busy[worker] for worker in stuck if worker in state.busy]
         for connection in connections:
             connection.interrupt()
 
     def _end(self) -> None:
-        work = self._work
-        with work.changed:
-            work.over = True
+        state = self._state
+        with state.changed:
+            state.over = True
             # After a complete transfer nobody reads any more, and the connections are good for the next unit.
-            connections = [] if work.plan.complete else list(work.busy.values())
-            work.changed.notify_all()
+            connections = [] if state.plan.complete else list(state.busy.values())
+            state.changed.notify_all()
         for connection in connections:
             connection.interrupt()
 
-    def _scribe(self, journal: Journal) -> None:
+    def _flush_journal(self, journal: Journal) -> None:
         """Bring the state file to the disk now and then, and in the end."""
-        work = self._work
+        state = self._state
         over = False
         while not over:
-            with work.changed:
-                over = work.changed.wait_for(lambda: work.over, self._tuning.sync_s)
+            with state.changed:
+                over = state.changed.wait_for(lambda: state.over, self._tuning.sync_s)
             journal.sync()
 
-    def _copy(self, donor: Donor) -> None:
+    def _copy(self, local: LocalChunkSource) -> None:
         """Chunks from an older file; each is checked like one from the network."""
-        work, plan = self._work, self._work.plan
-        writer = work.sink.writer(None)
-        for index in donor.chunks():
-            if work.over:
+        state, plan = self._state, self._state.plan
+        writer = state.sink.writer(None)
+        for index in local.chunks():
+            if state.over:
                 return
             length = plan.length(index)
             whole = memoryview(bytearray(length))
-            if not donor.read_into(index, whole):
-                with work.changed:
+            if not local.read_into(index, whole):
+                with state.changed:
                     plan.adopt(index)
-                    work.changed.notify_all()
+                    state.changed.notify_all()
                 continue
             writer.begin(index * plan.chunk_size)
             done = 0
@@ -286,10 +292,18 @@ class Transfer:
                 room[:] = whole[done : done + len(room)]
                 done += len(room)
                 writer.filled(len(room), last=done == length)
-            with work.lock:
+            with state.lock:
                 chunk = plan.chunk(index)
                 chunk.sources.add(-1)
-            if work.check:
+            if state.check:
                 chunk.hasher.update(whole)
                 chunk.hashed = length
-            work.judge(index, None)
+            state.verify_chunk(index, None)
+
+
+def wrong_file_hash(manifest: Manifest) -> WrongHash:
+    """The whole's SHA-256 differs although every chunk was right: the manifest contradicts itself."""
+    return WrongHash(
+        f"{manifest.unit.label} has another SHA-256 than its manifest says, although every chunk is right: "
+        "the manifest is wrong or was changed on the way"
+    )

@@ -36,20 +36,20 @@ class Tuning:
     """The same chunk wrong so often from one URL drops that URL."""
     violations: int = 4
     """Answers against the protocol, without a good chunk in between, that drop a URL."""
-    near_lanes: int = 8
+    near_workers: int = 8
     """Connections to begin with on a link whose round trip is below `near_rtt_s`: on loopback with two cores 8 are
     10-20% faster than 4, and 16 add nothing."""
-    near_hashing_lanes: int = 3
+    near_hashing_workers: int = 3
     """The same when the SHA-256 follows: it sets the pace, and more would only take processor time from it (on two
     cores 2 or 3 are 5% faster than 4), or get further ahead of it than buffers are kept (with 8, a third of the file
     was read back from the disk)."""
-    far_lanes: int = 24
+    far_workers: int = 24
     """Connections to begin with on any other link: with 80 ms and 0.1% loss a cubic flow is held to ~10 Mbit/s."""
     near_rtt_s: float = 0.002
-    max_lanes: int = 48
+    max_workers: int = 48
     """Most connections that are opened unasked: three quarters of what a node lets one caller have."""
     probe_s: float = 1.0
-    """How long new lanes have to show what they bring, on a far link `probe_rtts` round trips: they start slowly."""
+    """How long new workers have to show what they bring, on a far link `probe_rtts` round trips: they start slowly."""
     probe_rtts: float = 25.0
     buffer: int = 1 * MIB
     """Bytes gathered before a write to disk: fits the second-level cache, and makes a direct write worth its trip."""
@@ -67,14 +67,14 @@ class Tuning:
     max_run: int = 64 * MIB
     """...and on a near link in runs of this, as long as nothing but their number matters."""
     min_run: int = 1 * MIB
-    """The last runs on a far link: with 1 MB/s a lane they all end within a second of each other."""
+    """The last runs on a far link: with 1 MB/s a worker they all end within a second of each other."""
     min_steal: int = 64 * KIB
     """A rest smaller than this is not worth another request."""
     theft_s: float = 0.02
     """A run that ends within this and three round trips is left to its owner."""
     first_claim: int = 64 * KIB
     claim_s: float = 0.1
-    """A lane claims what it receives in this time, at least `first_claim` bytes; others can have the rest."""
+    """A worker claims what it receives in this time, at least `first_claim` bytes; others can have the rest."""
     stuck_s: float = 2.0
     """When others are idle, a connection without a byte for so long loses its work to them."""
     handoff: int = 96 * MIB

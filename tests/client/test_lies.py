@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from bzstream.client import ClientError, Misbehaved, Passing, WrongHash
+from bzstream.client import ClientError, ProtocolViolation, TransientError, WrongHash
 from tests.client.conftest import QUICK, Puller
 from tests.client.node import TOKEN, Node, Unit
 
 LIES = {
-    "flip": WrongHash, "short": None, "empty": Passing, "200": Misbehaved, "etag": Misbehaved, "reset": Passing,
-    "content-range": Misbehaved, "length": Misbehaved, "redirect": Misbehaved, "chunked": Misbehaved,
-    "garbage": Misbehaved, "endless-head": Misbehaved, "endless-interim": Misbehaved, "stall": None,
+    "flip": WrongHash, "short": None, "empty": TransientError, "200": ProtocolViolation, "etag": ProtocolViolation,
+    "reset": TransientError, "content-range": ProtocolViolation, "length": ProtocolViolation,
+    "redirect": ProtocolViolation, "chunked": ProtocolViolation, "garbage": ProtocolViolation,
+    "endless-head": ProtocolViolation, "endless-interim": ProtocolViolation, "stall": None,
 }  # fmt: skip
 """Lie -> what the pull ends with if it is told for ever; None: the honest bytes before the lie add up to the file."""
 
@@ -85,7 +86,7 @@ def test_a_lying_mirror_is_dropped_and_the_others_finish(
     ("change", "error"),
     [
         ({"chunks": ["00" * 32] * 46}, WrongHash),
-        ({"content_hash": "sha256:" + "00" * 32}, Misbehaved),
+        ({"content_hash": "sha256:" + "00" * 32}, ProtocolViolation),
         ({"size": 10**6}, ClientError),
         ({"size": 2**60}, ClientError),
         ({"size": -1}, ClientError),
@@ -129,7 +130,7 @@ def test_the_token_goes_to_nobody_else(node: Node, pull_quickly: Puller) -> None
     """A redirect to another server is not followed, for the manifest neither."""
     with Node() as other:
         node.answer = lambda seen: (307, [("Location", other.url + seen.target)], b"")
-        with pytest.raises(Misbehaved, match="redirect"):
+        with pytest.raises(ProtocolViolation, match="redirect"):
             pull_quickly()
         assert other.connections == 0
     assert node.seen[0].headers["authorization"] == f"Bearer {TOKEN}"

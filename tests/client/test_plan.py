@@ -12,7 +12,7 @@ from bzstream.client.plan import Plan, Segment
 KIB = 1024
 
 
-def run_lanes(plan: Plan, seed: int, lanes: int, bad_chunks: set[int]) -> tuple[list[int], int]:
+def run_lanes(plan: Plan, seed: int, workers: int, bad_chunks: set[int]) -> tuple[list[int], int]:
     """Lanes in random interleaving until the plan is complete: writes per byte of the last judged state, steps."""
     chance = random.Random(seed)
     written = [0] * plan.size
@@ -22,11 +22,11 @@ def run_lanes(plan: Plan, seed: int, lanes: int, bad_chunks: set[int]) -> tuple[
     while not plan.complete:
         steps += 1
         assert steps < 200_000, "no end"
-        lane = chance.randrange(lanes)
-        segment = holding.get(lane)
+        worker = chance.randrange(workers)
+        segment = holding.get(worker)
         if segment is None:
-            segment = plan.take(lane, chance.randrange(1, plan.size + 1), steps) or plan.steal(
-                lane,
+            segment = plan.take(worker, chance.randrange(1, plan.size + 1), steps) or plan.steal(
+                worker,
                 steps,
                 pace=chance.choice([0, 1, 100, 1e9]),
                 least=chance.choice([1, 50, 1000]),
@@ -34,12 +34,12 @@ def run_lanes(plan: Plan, seed: int, lanes: int, bad_chunks: set[int]) -> tuple[
                 stuck_s=chance.choice([1e9, 20]),
             )
             if segment is not None:
-                holding[lane] = segment
+                holding[worker] = segment
             continue
         allowed = plan.claim(segment, chance.choice([1, 100, 5000]))
         if allowed == 0 or chance.random() < 0.02:  # over, or the connection breaks
             plan.release(segment)
-            del holding[lane]
+            del holding[worker]
             continue
         count = chance.randrange(1, allowed + 1)
         for at in range(segment.received, segment.received + count):
@@ -62,17 +62,19 @@ def run_lanes(plan: Plan, seed: int, lanes: int, bad_chunks: set[int]) -> tuple[
 @given(
     size=st.integers(1, 20_000),
     chunk=st.integers(1, 7_000),
-    lanes=st.integers(1, 6),
+    workers=st.integers(1, 6),
     seed=st.integers(0, 2**32),
     data=st.data(),
 )
-def test_every_byte_is_written_exactly_once(size: int, chunk: int, lanes: int, seed: int, data: st.DataObject) -> None:
+def test_every_byte_is_written_exactly_once(
+    size: int, chunk: int, workers: int, seed: int, data: st.DataObject
+) -> None:
     chunk = max(chunk, size // 200 + 1)
     count = -(-size // chunk)
     done = data.draw(st.sets(st.integers(0, count - 1), max_size=count))
     bad = data.draw(st.sets(st.integers(0, count - 1), max_size=3)) - done
-    plan = Plan(size, chunk, done=done, grip=data.draw(st.sampled_from([1, 100, 65536])))
-    written, _ = run_lanes(plan, seed, lanes, bad)
+    plan = Plan(size, chunk, done=done, min_claim=data.draw(st.sampled_from([1, 100, 65536])))
+    written, _ = run_lanes(plan, seed, workers, bad)
     for at, times in enumerate(written):
         assert times == (0 if at // chunk in done else 1)
     assert plan.done_bytes == size
@@ -95,7 +97,7 @@ def test_received_ranges_are_not_fetched_again(
     done = data.draw(st.sets(st.integers(0, count - 1), max_size=count))
     plan = Plan(size, chunk, done=done, received=spans)
     had = [any(a <= at < b for a, b in spans) for at in range(size)]
-    for index in plan.unjudged:
+    for index in plan.unverified:
         plan.verified(index)
     fetched = [0] * size
     chance = random.Random(seed)
@@ -127,7 +129,7 @@ def test_runs_are_taken_from_the_front_in_whole_chunks_or_in_parts_of_one() -> N
 
 
 def test_a_thief_takes_the_later_half_at_a_chunk_boundary_of_the_slowest_lane() -> None:
-    plan = Plan(1600 * KIB, 100 * KIB, grip=KIB)
+    plan = Plan(1600 * KIB, 100 * KIB, min_claim=KIB)
     slow = plan.take(0, 800 * KIB, 0.0)
     fast = plan.take(1, 800 * KIB, 0.0)
     assert slow is not None
@@ -143,7 +145,7 @@ def test_a_thief_takes_the_later_half_at_a_chunk_boundary_of_the_slowest_lane() 
 
 
 def test_a_thief_splits_a_single_chunk_and_leaves_what_is_claimed() -> None:
-    plan = Plan(100 * KIB, 100 * KIB, grip=KIB)
+    plan = Plan(100 * KIB, 100 * KIB, min_claim=KIB)
     owner = plan.take(0, 100 * KIB, 0.0)
     assert owner is not None
     assert plan.claim(owner, 40 * KIB) == 40 * KIB
@@ -157,7 +159,7 @@ def test_a_thief_splits_a_single_chunk_and_leaves_what_is_claimed() -> None:
 
 
 def test_a_stuck_lane_loses_everything_it_has_not_claimed() -> None:
-    plan = Plan(100 * KIB, 100 * KIB, grip=KIB)
+    plan = Plan(100 * KIB, 100 * KIB, min_claim=KIB)
     owner = plan.take(0, 100 * KIB, 0.0)
     assert owner is not None
     plan.claim(owner, 10 * KIB)
@@ -179,7 +181,7 @@ def test_a_wrong_chunk_is_fetched_alone_and_cannot_be_stolen() -> None:
 
 
 def test_a_run_is_not_passed_on_before_its_first_byte() -> None:
-    plan = Plan(1000 * KIB, 1000 * KIB, grip=64 * KIB)
+    plan = Plan(1000 * KIB, 1000 * KIB, min_claim=64 * KIB)
     assert plan.take(0, 1000 * KIB, 0.0) is not None
     assert plan.steal(1, 0.5, pace=1e6, least=KIB, least_s=1, stuck_s=10) is None, "it has hardly begun"
     stolen = plan.steal(1, 20.0, pace=1e6, least=KIB, least_s=1, stuck_s=10)

@@ -20,18 +20,18 @@ from bzstream.client import (
     BadSignature,
     Busy,
     ClientError,
-    DiskTrouble,
+    DiskError,
     FolderBusy,
     Forbidden,
-    Misbehaved,
     NotFound,
     Progress,
+    ProtocolViolation,
     Stopped,
     Tuning,
     Unauthorized,
+    UnitRef,
     Unreachable,
     UsageError,
-    Want,
 )
 from bzstream.client.journal import Journal
 from bzstream.client.manifest import parse_manifest
@@ -239,7 +239,7 @@ def test_version_stays(node: Node, payload: bytes, tmp_path: Path, pull_quickly:
 
 def test_a_server_that_ignores_the_pinned_version_is_refused(node: Node, tmp_path: Path, pull_quickly: Puller) -> None:
     node.lie = "etag"
-    with pytest.raises(Misbehaved, match="keeps changing"):
+    with pytest.raises(ProtocolViolation, match="keeps changing"):
         pull_quickly(version="step_1")
     assert not final(tmp_path).exists()
 
@@ -402,7 +402,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_one_clear_sentence(node: Node, small_disk: Path, pull_quickly: Puller) -> None:
-    with pytest.raises(DiskTrouble, match="the disk is full"):
+    with pytest.raises(DiskError, match="the disk is full"):
         pull_quickly(out=small_disk / "out")
     assert not (small_disk / "out" / "group-0.safetensors").exists()
     assert node.data_requests() == []
@@ -410,7 +410,7 @@ def test_a_full_disk_is_one_clear_sentence(node: Node, small_disk: Path, pull_qu
 
 def test_a_folder_that_cannot_be_made_is_one_clear_sentence(tmp_path: Path, pull_quickly: Puller) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DiskTrouble):
+    with pytest.raises(DiskError):
         pull_quickly(out=tmp_path / "file" / "out")
 
 
@@ -502,7 +502,7 @@ def test_no_thread_and_no_descriptor_is_left_behind(node: Node, pull_quickly: Pu
 
 
 def test_a_state_file_of_another_manifest_is_not_used(node: Node, tmp_path: Path) -> None:
-    want = Want("partial", 0)
+    want = UnitRef("partial", 0)
     manifest = parse_manifest(json.dumps(node.manifest(("partial", 0))).encode(), want)
     (tmp_path / "part").write_bytes(b"x")
     stat = (tmp_path / "part").stat()
@@ -518,7 +518,7 @@ def test_a_state_file_of_another_manifest_is_not_used(node: Node, tmp_path: Path
 
 
 def test_a_journal_remembers_ranges_until_their_chunk_is_judged(node: Node, tmp_path: Path) -> None:
-    manifest = parse_manifest(json.dumps(node.manifest(("partial", 0))).encode(), Want("partial", 0))
+    manifest = parse_manifest(json.dumps(node.manifest(("partial", 0))).encode(), UnitRef("partial", 0))
     (tmp_path / "part").write_bytes(b"x")
     stat = (tmp_path / "part").stat()
     journal = Journal.create(tmp_path / "state", manifest, stat, hashed=True)
@@ -530,7 +530,7 @@ def test_a_journal_remembers_ranges_until_their_chunk_is_judged(node: Node, tmp_
     assert found is not None
     journal = found[0]
     assert journal.received() == [(10, 30), (65536, 65600)]
-    journal.judged(0, good=True)
+    journal.record_verdict(0, good=True)
     assert journal.received() == [(65536, 65600)]
     assert journal.done[0] == 1
     journal.close()

@@ -14,7 +14,7 @@ import nacl.signing
 import pytest
 
 from bzstream.chain.keys import Key
-from bzstream.client import Misbehaved, Passing, Refused, UsageError, follow, submit
+from bzstream.client import ProtocolViolation, Refused, TransientError, UsageError, follow, submit
 from tests.client.conftest import QUICK
 from tests.client.node import TOKEN, Node, Seen
 
@@ -108,7 +108,7 @@ def test_a_busy_node_is_asked_again(node: Node) -> None:
 
 def test_no_sure_answer_is_no_success(node: Node) -> None:
     node.stop()
-    with pytest.raises(Passing):
+    with pytest.raises(TransientError):
         send(node, patience_s=0.5)
 
 
@@ -128,7 +128,7 @@ def test_a_refusal_is_final_and_in_words(status: int, code: str, node: Node) -> 
 @pytest.mark.parametrize("document", [{}, {"submission_id": 7}, {"submission_id": "../../x"}, {"submission_id": ""}])
 def test_a_malformed_answer_is_said(document: dict[str, Any], node: Node) -> None:
     node.answer = lambda seen: answer(202, document)
-    with pytest.raises(Misbehaved):
+    with pytest.raises(ProtocolViolation):
         send(node)
 
 
@@ -157,5 +157,5 @@ def test_follow_gives_each_state_once_and_ends(node: Node) -> None:
 @pytest.mark.parametrize("document", [{"submission_id": ID}, {"submission_id": ID, "status": "\x1b[31m"}])
 def test_follow_refuses_what_is_no_state(document: dict[str, Any], node: Node) -> None:
     node.answer = lambda seen: answer(200, document)
-    with pytest.raises(Misbehaved):
+    with pytest.raises(ProtocolViolation):
         list(follow(node.url, ID, token=TOKEN, tuning=QUICK))

@@ -12,10 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bzstream.client import BadManifest, BadUrl, Unreachable, UsageError, Want, measure, parse_address, parse_manifest
-from bzstream.client.measure import fairness, percentile
-from bzstream.client.mirror import backoff
-from bzstream.client.progress import Speedometer
+from bzstream.client import (
+    BadManifest,
+    BadUrl,
+    UnitRef,
+    Unreachable,
+    UsageError,
+    measure,
+    parse_address,
+    parse_manifest,
+)
+from bzstream.client.progress import RateMeter
 from tests.client.conftest import QUICK, Puller, noise
 from tests.client.node import HOTKEY, TOKEN, Node, Seen, Unit
 
@@ -33,7 +40,7 @@ from tests.client.node import HOTKEY, TOKEN, Node, Seen, Unit
 def test_addresses(url: str, text: str, authority: str) -> None:
     address = parse_address(url)
     assert str(address) == text
-    assert address.authority == authority
+    assert address.origin.authority == authority
 
 
 @given(st.text(max_size=60))
@@ -43,36 +50,31 @@ def test_any_text_is_an_address_or_a_clear_error(text: str) -> None:
             address = parse_address(url)
         except BadUrl:
             continue
-        target = Want("partial", 0).target(address.prefix)
+        target = address.prefix + UnitRef("partial", 0).target()
         assert target.isascii()
-        assert not set(target + address.authority) & set(" \r\n\t")
+        assert not set(target + address.origin.authority) & set(" \r\n\t")
 
 
 def test_targets() -> None:
-    assert Want("partial", 3).target("") == "/model/partial?format=safetensors"
-    assert Want("shared").target("/n", "v1") == "/n/model/shared?format=safetensors&version=v1"
-    assert Want("full").target("") == "/model/full"
-    assert Want("full").target("", "v1", manifest=True) == "/model/full/manifest?version=v1"
+    assert UnitRef("partial", 3).target() == "/model/partial?format=safetensors"
+    assert UnitRef("shared").target("v1") == "/model/shared?format=safetensors&version=v1"
+    assert UnitRef("full").target() == "/model/full"
+    assert UnitRef("full").target("v1", manifest=True) == "/model/full/manifest?version=v1"
 
 
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_bad_manifest(raw: bytes) -> None:
     with pytest.raises(BadManifest):
-        parse_manifest(raw, Want("partial", 0))
+        parse_manifest(raw, UnitRef("partial", 0))
 
 
 def test_a_manifest_with_a_key_twice_is_refused() -> None:
     with pytest.raises(BadManifest, match="twice"):
-        parse_manifest(b'{"unit": "partial", "unit": "full"}', Want("partial", 0))
-
-
-@given(st.integers(1, 200))
-def test_backoff_is_jittered_and_bounded(failures: int) -> None:
-    assert 0.05 <= backoff(failures) <= 22.5
+        parse_manifest(b'{"unit": "partial", "unit": "full"}', UnitRef("partial", 0))
 
 
 def test_speed_is_of_the_last_seconds() -> None:
-    meter = Speedometer(2.0)
+    meter = RateMeter(2.0)
     assert meter.update(0.0, 0) == 0
     assert meter.update(1.0, 100) == 100
     assert meter.update(2.0, 200) == 100
@@ -159,11 +161,3 @@ def test_measuring_a_link(node: Node) -> None:
         measure(node.url, connections=[0], hotkey=HOTKEY, token=TOKEN)
     with pytest.raises(UsageError):
         measure(node.url, seconds=0, hotkey=HOTKEY, token=TOKEN)
-
-
-def test_figures() -> None:
-    assert percentile([3.0, 1.0, 2.0], 50) == 2.0
-    assert percentile([3.0, 1.0, 2.0], 99) == 3.0
-    assert fairness([5, 5, 5]) == pytest.approx(1)
-    assert fairness([9, 0, 0]) == pytest.approx(1 / 3)
-    assert fairness([0, 0]) == 1

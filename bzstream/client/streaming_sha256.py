@@ -16,10 +16,10 @@ from collections.abc import Callable
 from bzstream.client.sinks import Buffer
 from bzstream.client.tuning import Tuning
 
-__all__ = ["Follower"]
+__all__ = ["StreamingSha256"]
 
 
-class Follower:
+class StreamingSha256:
     """Hashes bytes [0, size) in order as `advance` says that they are final.
 
     `read_into(position, view)` fills the view from the file. A failure of it is kept and raised by `digest`.

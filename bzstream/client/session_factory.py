@@ -7,19 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from bzstream.chain.keys import InvalidHotkey, Key, decode_hotkey, load_key
-from bzstream.client.address import VERSION_FORM, Want, parse_address
-from bzstream.client.errors import ClientError
+from bzstream.client.address import VERSION_FORM, UnitRef, parse_address
+from bzstream.client.errors import UsageError
 from bzstream.client.identity import Identity
 from bzstream.client.session import Session
 from bzstream.client.tuning import Tuning
 
-__all__ = ["Options", "UsageError", "open_session", "settle_receiver", "unit_list"]
+__all__ = ["Options", "choose_receiver", "open_session", "unit_refs"]
 
 MAX_GROUP = 999_999_999
-
-
-class UsageError(ClientError):
-    """The arguments of a call contradict each other or have a wrong form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,20 +31,20 @@ class Options:
     connections: int | None = None
 
 
-def unit_list(groups: Iterable[int], *, shared: bool, full: bool) -> list[Want]:
+def unit_refs(groups: Iterable[int], *, shared: bool, full: bool) -> list[UnitRef]:
     """The units of a call, each once. Raises UsageError."""
-    wants: list[Want] = []
+    units: list[UnitRef] = []
     for group in dict.fromkeys(groups):
         if not 0 <= group <= MAX_GROUP:
             raise UsageError(f"{group} is not the number of a group")
-        wants.append(Want("partial", group))
+        units.append(UnitRef("partial", group))
     if shared:
-        wants.append(Want("shared"))
+        units.append(UnitRef("shared"))
     if full:
-        wants.append(Want("full"))
-    if not wants:
+        units.append(UnitRef("full"))
+    if not units:
         raise UsageError("nothing to fetch: ask for a group, the shared tensors or the full model")
-    return wants
+    return units
 
 
 def open_session(
@@ -89,7 +85,7 @@ def open_session(
     return Session(addresses, identity, tuning, ca_file=options.ca_file, notify=notify)
 
 
-def settle_receiver(session: Session, options: Options) -> None:
+def choose_receiver(session: Session, options: Options) -> None:
     """With a key but no validator's hotkey: take the node's own word for whom the proofs are.
 
     A node that lies about it could pass a proof on to the node that it names, so that the caller is told; whoever knows
@@ -98,7 +94,7 @@ def settle_receiver(session: Session, options: Options) -> None:
     identity = session.identity
     if identity.key is None or identity.receiver is not None:
         return
-    manifest = session.manifest(Want("shared"), options.version, None)
+    manifest = session.manifest(UnitRef("shared"), options.version, None)
     if manifest.validator_hotkey is None:
         raise UsageError("this node does not say whose it is, which proofs must name; give the validator's hotkey")
     session.notify(f"proofs are made for {manifest.validator_hotkey}, as the node says; --validator-hotkey makes sure")

@@ -9,22 +9,22 @@ import threading
 from collections.abc import Callable
 
 from bzstream.client.errors import ClientError
-from bzstream.client.follower import Follower
 from bzstream.client.journal import Journal
 from bzstream.client.manifest import Manifest
 from bzstream.client.mirror import Mirror
 from bzstream.client.plan import Plan
 from bzstream.client.session import Session
 from bzstream.client.sinks import Sink
-from bzstream.client.wire import Connection
+from bzstream.client.streaming_sha256 import StreamingSha256
+from bzstream.httpclient import Connection
 
-__all__ = ["Work"]
+__all__ = ["TransferState"]
 
 READ_BACK = 1 << 20
 """Bytes of one read when a chunk has to be hashed after the fact."""
 
 
-class Work:
+class TransferState:
     """The state of one unit's transfer. Names with a comment "lock" are touched with the lock held only."""
 
     def __init__(
@@ -36,7 +36,7 @@ class Work:
         *,
         version: str | None,
         check: bool,
-        follower: Follower | None,
+        sha256: StreamingSha256 | None,
         journal: Journal | None,
     ) -> None:
         self.session = session
@@ -48,7 +48,7 @@ class Work:
         """The version that requests name; None: the server's current one."""
         self.check = check
         """Whether chunks are compared with their hashes."""
-        self.follower = follower
+        self.sha256 = sha256
         self.journal = journal
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)
@@ -60,32 +60,32 @@ class Work:
         self.last_trouble: ClientError | None = None  # lock
         self.fetched = 0  # lock
         """Payload bytes that came over the network."""
-        self.again = 0  # lock
+        self.refetched = 0  # lock
         """Chunks that were wrong and fetched again."""
         self.rate = 0.0
-        """Bytes a second of all lanes together, over the last seconds."""
+        """Bytes a second of all workers together, over the last seconds."""
         self.target = 0  # lock
-        """How many lanes there should be."""
+        """How many workers there should be."""
         self.waiting = 0  # lock
-        """Lanes that found nothing to do."""
+        """Workers that found nothing to do."""
         self.busy: dict[int, Connection] = {}  # lock
-        """Lane -> the connection it works with."""
+        """FetchWorker -> the connection it works with."""
         self.connecting: set[int] = set()  # lock
-        """Lanes that wait for a connection to open, which cannot be interrupted."""
+        """Workers that wait for a connection to open, which cannot be interrupted."""
         self._prefix = 0  # lock
         """Chunks verified without a gap from the start."""
 
-    def guarded(self, work: Callable[[], None]) -> None:
+    def guarded(self, state: Callable[[], None]) -> None:
         """Run a thread's work; what it did not expect ends the transfer."""
         try:
-            work()
+            state()
         except BaseException as error:
             with self.changed:
                 if self.failure is None:
                     self.failure = error
                 self.changed.notify_all()
 
-    def judge(self, index: int, mirror: Mirror | None) -> None:
+    def verify_chunk(self, index: int, mirror: Mirror | None) -> None:
         """A chunk is complete: check its hash, and either count it or have it fetched again."""
         plan = self.plan
         begin, length = index * plan.chunk_size, plan.length(index)
@@ -103,15 +103,15 @@ class Work:
             if good:
                 plan.verified(index)
                 if mirror is not None:
-                    mirror.good()
+                    mirror.note_good_chunk()
             else:
-                if self.follower is not None:
-                    self.follower.discard(begin, begin + length)
+                if self.sha256 is not None:
+                    self.sha256.discard(begin, begin + length)
                 plan.failed(index)
-                self.again += 1
+                self.refetched += 1
                 self._blame(index, chunk.sources)
             if self.journal is not None:
-                self.journal.judged(index, good=good)
+                self.journal.record_verdict(index, good=good)
             if plan.complete or not good:
                 self.changed.notify_all()
         if good:
@@ -119,13 +119,13 @@ class Work:
 
     def follow(self) -> None:
         """Tell the SHA-256 how far the verified prefix reaches."""
-        if self.follower is None:
+        if self.sha256 is None:
             return
         with self.lock:
             gap = self.plan.done.find(0, self._prefix)
             self._prefix = self.plan.count if gap < 0 else gap
             limit = min(self._prefix * self.plan.chunk_size, self.plan.size)
-        self.follower.advance(limit)
+        self.sha256.advance(limit)
 
     def drop(self, mirror: Mirror, error: ClientError) -> None:
         """Say that a mirror is used no more. With the lock held."""
@@ -138,9 +138,9 @@ class Work:
         if len(sources) != 1 or -1 in sources:
             return  # several had a hand in it; the next time it is fetched from one
         mirror = self.mirrors[next(iter(sources))]
-        verdict = mirror.strike(
+        verdict = mirror.note_wrong_chunk(
             index,
-            f"{mirror.address} sent chunk {index} of {self.manifest.want.label} with a wrong hash "
+            f"{mirror.address} sent chunk {index} of {self.manifest.unit.label} with a wrong hash "
             f"{self.tuning.strikes} times; its copy is damaged or somebody changes it on the way",
         )
         if verdict is not None:
