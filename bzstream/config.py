@@ -24,6 +24,7 @@ from bzstream.errors import BzstreamError
 __all__ = [
     "AuthSettings",
     "ChainSettings",
+    "CodingSettings",
     "ConfigError",
     "EvaluationSettings",
     "HttpSettings",
@@ -134,6 +135,15 @@ class StoreSettings(_Section, frozen=True):
     """Published versions that stay on disk."""
     poll_s: Seconds = 0.25
     """How often a worker looks for a new snapshot, tokens file or TLS certificate (the contract: within 1 s)."""
+
+
+class CodingSettings(_Section, frozen=True):
+    """`[coding]`: coded forms of the units, which take fewer bytes (docs/coding.md)."""
+
+    enabled: bool = False
+    """Write coded files after each publication, at the lowest priority. They take up to 1.1 times the units' room."""
+    bases: Annotated[int, Meta(ge=0, le=16)] = 1
+    """Earlier versions to which differences are made. Most miners have the one before."""
 
 
 class ChainSettings(_Section, frozen=True):
@@ -268,6 +278,7 @@ class Settings(_Section, frozen=True):
     auth: AuthSettings = AuthSettings()
     node: NodeSettings = NodeSettings()
     store: StoreSettings = StoreSettings()
+    coding: CodingSettings = CodingSettings()
     chain: ChainSettings = ChainSettings()
     submit: SubmitSettings = SubmitSettings()
     ledger: LedgerSettings = LedgerSettings()

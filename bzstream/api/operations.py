@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from bzstream.api.schemas import (
@@ -86,6 +86,17 @@ _UNIT_HEADERS = (
 _UNKNOWN = {404: ErrorBody}
 
 
+_CODING = (
+    Parameter("coding", "query", _TEXT, "Name of a coding that the manifest lists", required=True),
+    Parameter(
+        "base",
+        "query",
+        {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"},
+        "Content hash of the version that the coding is a difference to; left out for one that stands alone",
+    ),
+)
+
+
 def _unit(kind: str, text: str, *who: Parameter) -> tuple[Operation, Operation]:
     """A unit and its manifest; `who`: the parameters that say who asks, and for which group."""
     group = ("X-Expert-Group", "Vary") if _GROUP in who else ()
@@ -112,9 +123,22 @@ def _unit(kind: str, text: str, *who: Parameter) -> tuple[Operation, Operation]:
     return download, manifest
 
 
+def _coded(kind: str, text: str, *who: Parameter) -> Operation:
+    """The coded form of a unit, as `_unit`."""
+    return replace(
+        _unit(kind, text, *who)[0],
+        name=f"{kind}_coded",
+        path=f"/model/{kind}/coded",
+        summary=f"{text}, coded: fewer bytes (docs/coding.md)",
+        parameters=(*who, *_CODING, *_CHOICE[1:], *_CONDITIONS),
+    )
+
+
 OPERATIONS: tuple[Operation, ...] = (
     *_unit("partial", "One expert group's slice", _GROUP, _HOTKEY),
     *_unit("shared", "The tensors that belong to no expert", _HOTKEY),
+    _coded("partial", "One expert group's slice", _GROUP, _HOTKEY),
+    _coded("shared", "The tensors that belong to no expert", _HOTKEY),
     *_unit("full", "The whole model as one safetensors file, for validators", _CLAIM),
     Operation(
         name="index",

@@ -79,6 +79,15 @@ class HealthBody(Struct, frozen=True, omit_defaults=True):
     chain_age_s: Annotated[float | None, Meta(description="Seconds since the chain was last heard of")] = None
 
 
+class CodingEntry(Struct, frozen=True):
+    """One coded form of a unit: `chunks[i]` is (offset, length, BLAKE3) of payload chunk i in the coded bytes."""
+
+    name: str
+    base: ContentHash | None
+    size: Natural
+    chunks: list[tuple[Natural, Natural, Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]]]
+
+
 class ManifestBody(Struct, frozen=True):
     """GET /model/{partial,shared,full}/manifest."""
 
@@ -94,6 +103,8 @@ class ManifestBody(Struct, frozen=True):
     chunks: list[Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]]
     validator_hotkey: Hotkey | None
     signature: str | None
+    codings: list[CodingEntry] | UnsetType = UNSET
+    """Left out when the unit has none."""
 
 
 class UnitEntry(Struct, frozen=True):

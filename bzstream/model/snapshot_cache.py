@@ -13,30 +13,41 @@ a thread reads it, and it is served if every chunk has its published hash.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from bzstream.model.codings import UnitCoding, UnitCodings, manifest_with_codings, read_codings
 from bzstream.model.digest import digest_chunks
 from bzstream.model.errors import StoreDamaged
 from bzstream.model.record import (
     SnapshotRecord,
     UnitRecord,
     enveloped_etag,
-    manifest_fields,
     read_record,
     unit_envelope,
 )
 from bzstream.model.store import Store
 from bzstream.payload import Extent, Payload, UnitFile
+from bzstream.util.files import file_stamp
 
-__all__ = ["ScanResult", "Snapshot", "SnapshotCache", "Unit", "open_snapshot"]
+__all__ = ["CodedUnit", "ScanResult", "Snapshot", "SnapshotCache", "Unit", "open_snapshot"]
+
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+@dataclass(frozen=True, slots=True)
+class CodedUnit:
+    """A coded form of a unit, to be sent as the unit is. `etag` is quoted and strong."""
+
+    payload: Payload
+    etag: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,8 @@ class Unit:
     experts: Mapping[int, tuple[int, ...]]
     whole: bool
     """False when a file was already missing or cut when the snapshot was opened."""
+    codings: Mapping[tuple[str, str | None], CodedUnit] = field(default_factory=dict)
+    """By name and base (a content hash, or None): what the manifest's `codings` lists."""
 
     def intact(self) -> bool:
         """Whether the unit may be served: every file behind it is still the one that was published (µs)."""
@@ -109,6 +122,11 @@ class Snapshot:
     def full(self) -> Unit:
         return self.units["full"]
 
+    def serves(self, file: UnitFile) -> bool:
+        """Whether the same file, unchanged, is open and in service here."""
+        stamp = file_stamp(file.fd)
+        return any(own.intact() and file_stamp(own.fd) == stamp for own in self._files)
+
     def retain(self) -> None:
         """Hold the snapshot open; pair each call with one `release`."""
         assert self._references > 0, "a closed snapshot was retained"
@@ -127,14 +145,18 @@ class Snapshot:
             file.release()
 
 
-def open_snapshot(folder: Path) -> Snapshot:
+def open_snapshot(folder: Path, known: Snapshot | None = None) -> Snapshot:
     """Open the snapshot in `folder`. Raises StoreDamaged when its record cannot be read.
+
+    `known` is the same snapshot, opened before: a file that is in service there need not be verified again.
 
     A unit file that is missing or cut is no error here: its units open, and are not `intact`. Neither are those of a
     file with another modification time than when it was published; such files are the snapshot's `unverified`.
     """
     record = read_record(folder)
+    codings = _read_codings(folder, record)
     with ExitStack() as cleanup:
+        coded_files: list[UnitFile] = []
         files: list[UnitFile | None] = []
         for unit in record.units:
             file = _open_file(folder, unit)
@@ -152,14 +174,23 @@ def open_snapshot(folder: Path) -> Snapshot:
                 parts = [] if file is None else [Extent(file, 0, unit.size)]
                 whole = file is not None
             if unit.kind != "rest":
-                units[unit.label] = _unit(record, unit, Payload(tuple(parts)), whole)
+                opened = _open_coded(folder, codings.get(unit.label))
+                for file in opened:
+                    cleanup.callback(file.release)
+                coded_files += opened
+                units[unit.label] = _unit(
+                    record, unit, Payload(tuple(parts)), whole, codings[unit.label] if opened else None, opened
+                )
         cleanup.pop_all()
     unverified = []
     for unit, file in zip(record.units, files, strict=True):
-        if file is not None and os.fstat(file.fd).st_mtime_ns != unit.mtime_ns:
+        if file is None or (known is not None and known.serves(file)):
+            continue
+        if os.fstat(file.fd).st_mtime_ns != unit.mtime_ns:
             file.broken = True
             unverified.append((file, unit.chunks))
-    return Snapshot(record, units, tuple(file for file in files if file is not None), tuple(unverified))
+    opened_files = (*(file for file in files if file is not None), *coded_files)
+    return Snapshot(record, units, opened_files, tuple(unverified))
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +198,7 @@ class ScanResult:
     """What `SnapshotCache.scan` found: the version that is current, every version's stamp, and what was opened."""
 
     wanted: str | None
-    stamps: Mapping[str, tuple[int, int]]
+    stamps: Mapping[str, tuple[int, ...]]
     opened: Mapping[str, Snapshot | None]
     """None: unusable for good."""
 
@@ -179,7 +210,7 @@ class SnapshotCache:
         self._store = Store(path)
         self._warn = warn or logging.getLogger(__name__).warning
         self._snapshots: dict[str, Snapshot] = {}
-        self._stamps: dict[str, tuple[int, int]] = {}
+        self._stamps: dict[str, tuple[int, ...]] = {}
         self._reported: set[str] = set()
         self.checks: list[Verifier] = []
         """Threads that read unverified files again, ended or not."""
@@ -257,18 +288,16 @@ class SnapshotCache:
         self._stamps.clear()
         self.current = None
 
-    def _stamp(self, version: str) -> tuple[int, int] | None:
-        """What changes when a version's folder is replaced by another of the same name."""
-        try:
-            status = os.stat(self._store.folder(version) / "snapshot.json")
-        except OSError:
-            return None
-        return status.st_ino, status.st_mtime_ns
+    def _stamp(self, version: str) -> tuple[int, ...] | None:
+        """What changes when a version's folder is replaced by another of the same name, or gains codings."""
+        folder = self._store.folder(version)
+        record = file_stamp(folder / "snapshot.json")
+        return None if record is None else (*record, *(file_stamp(folder / "codings.json") or ()))
 
     def _open(self, version: str) -> Snapshot | None:
         """Open a version; None if it is unusable. Raises OSError if it may be tried again."""
         try:
-            return open_snapshot(self._store.folder(version))
+            return open_snapshot(self._store.folder(version), self._snapshots.get(version))
         except StoreDamaged as error:
             self._report(version, str(error))
             return None
@@ -335,7 +364,7 @@ def _open_file(folder: Path, unit: UnitRecord) -> UnitFile | None:
     try:
         file = UnitFile(folder / unit.file)
     except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
             raise
         return None
     if file.size != unit.size:
@@ -344,10 +373,52 @@ def _open_file(folder: Path, unit: UnitRecord) -> UnitFile | None:
     return file
 
 
-def _unit(record: SnapshotRecord, unit: UnitRecord, payload: Payload, whole: bool) -> Unit:
+def _read_codings(folder: Path, record: SnapshotRecord) -> Mapping[str, UnitCodings]:
+    """By label. None count whose manifests are signed by another hotkey than the snapshot's (it was signed since)."""
+    try:
+        codings = read_codings(folder)
+    except StoreDamaged as error:
+        logging.getLogger(__name__).warning("%s; the snapshot is served without codings", error)
+        return {}
+    return codings.units if codings is not None and codings.hotkey == record.hotkey else {}
+
+
+def _open_coded(folder: Path, codings: UnitCodings | None) -> list[UnitFile]:
+    """The coded files of a unit. All or none: the signed manifest lists all of them."""
+    opened: list[UnitFile] = []
+    for coding in codings.codings if codings else ():
+        try:
+            file = UnitFile(folder / "coded" / Path(coding.file).name)
+        except (OSError, ValueError) as error:
+            _release(opened)
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                raise
+            return []
+        opened.append(file)
+        if file.size != coding.size:
+            _release(opened)
+            return []
+    return opened
+
+
+def _release(files: list[UnitFile]) -> None:
+    for file in files:
+        file.release()
+
+
+def _unit(
+    record: SnapshotRecord,
+    unit: UnitRecord,
+    payload: Payload,
+    whole: bool,
+    codings: UnitCodings | None,
+    coded_files: list[UnitFile],
+) -> Unit:
     envelope = unit_envelope(record, unit)
     etag = f'"{unit.sha256}"'
-    fields: dict[str, Any] = manifest_fields(record, unit, len(envelope))
+    listed = codings.codings if codings else ()
+    fields = manifest_with_codings(record, unit, listed)
+    signature = codings.signature if codings else unit.signature
     return Unit(
         kind=unit.kind,
         group=unit.group,
@@ -360,7 +431,16 @@ def _unit(record: SnapshotRecord, unit: UnitRecord, payload: Payload, whole: boo
         etag=etag,
         etag_enveloped=enveloped_etag(envelope, unit.sha256) if envelope else etag,
         chunks=unit.chunks,
-        manifest=json.dumps({**fields, "signature": unit.signature}, separators=(",", ":")).encode("ascii"),
+        manifest=json.dumps({**fields, "signature": signature}, separators=(",", ":")).encode("ascii"),
         experts=unit.experts,
         whole=whole,
+        codings={
+            (coding.name, coding.base): CodedUnit(Payload((Extent(file, 0, coding.size),)), _coded_etag(coding))
+            for coding, file in zip(listed, coded_files, strict=True)
+        },
     )
+
+
+def _coded_etag(coding: UnitCoding) -> str:
+    """It changes with every byte, as the chunks' hashes are in it."""
+    return f'"{hashlib.sha256(json.dumps(coding.as_manifest()).encode("ascii")).hexdigest()}"'

@@ -26,9 +26,11 @@ from bzstream.errors import BzstreamError
 
 __all__ = ["ChildSpec", "Role", "main"]
 
-Role = Literal["http", "chain", "evaluator"]
+Role = Literal["http", "chain", "evaluator", "coding"]
 
 _PR_SET_PDEATHSIG = 1
+_CODING_NICE = 19
+"""Coded files are made of what is left over: nobody waits for them."""
 _EVALUATOR_NICE = 5
 """On busy cores the evaluator gives way to requests; the threads that send have the same nice value."""
 
@@ -114,6 +116,11 @@ async def _run_role(spec: ChildSpec, stop: asyncio.Event, changes: asyncio.Queue
             )
         finally:
             await asyncio.to_thread(ledger.close)
+    elif spec.role == "coding":
+        from bzstream.node import coding_role
+
+        os.nice(_CODING_NICE)
+        await coding_role.run(settings, stop)
     else:
         from bzstream.evaluation import role as evaluation_role
 

@@ -111,6 +111,8 @@ class _Supervisor:
             children.append(ChildSpec("chain", 0, self._settings))
         for index, listener in enumerate(self._listeners):
             children.append(ChildSpec("http", index, self._settings, listen_fd=listener.fileno()))
+        if self._listeners and self._settings.coding.enabled:
+            children.append(ChildSpec("coding", 0, self._settings))
         if "evaluator" in self._roles:
             devices = [self._settings.evaluation.device] if self._settings.evaluation.device else gpus() or ["cpu"]
             children += [ChildSpec("evaluator", i, self._settings, device=device) for i, device in enumerate(devices)]
