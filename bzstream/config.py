@@ -82,14 +82,6 @@ class HttpSettings(_Section, frozen=True):
     """Open connections of one worker."""
     max_connections_per_caller: Count = 64
     """Open connections of one caller in one worker: bound or proven hotkey, else peer address (IPv6: its /64)."""
-    quantum: Bytes = 4 * 1024 * 1024
-    """Bytes that a caller may send in its turn: as many as Linux lets a socket's send queue grow to (tcp_wmem).
-    A quarter as much was measured to cost a fifth of the speed at 64 and 256 connections."""
-    send_threads: Count = 2
-    """Threads of one worker that send long answers by turns; each can keep about a core busy with sendfile. (As long as
-    there are few long answers, each has one more thread to itself.)"""
-    turn_s: Seconds = 0.004
-    """Seconds that one turn of the event loop spends on requests before it looks for new connections and news."""
     drain_s: Seconds = 60.0
     """After SIGTERM: downloads under way may go on for so long."""
     tls_cert: str | None = None

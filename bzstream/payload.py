@@ -50,6 +50,11 @@ class UnitFile:
         self._references = 1
         self.broken = False
 
+    @property
+    def references(self) -> int:
+        """Users of the open file; 0 when it is closed."""
+        return self._references
+
     def intact(self) -> bool:
         """Whether size and modification time are still what they were at opening (one fstat, about 1 µs)."""
         self.broken = self.broken or file_stamp(self.fd) != self._stamp
@@ -138,6 +143,11 @@ class Payload:
 
     def __add__(self, other: Payload) -> Payload:
         return Payload((*self, *other))
+
+    @property
+    def references(self) -> int:
+        """Users of the open file; 0 when it is closed."""
+        return self._references
 
     def intact(self) -> bool:
         """Whether every file behind the payload is still the one that was opened."""

@@ -13,10 +13,10 @@ def test_later_places_win(tmp_path: Path) -> None:
     file = tmp_path / "bzstream.toml"
     file.write_text('[http]\nport = 1\nworkers = 2\nhost = "::1"\n[auth]\ntrust_claimed_hotkey = true\n')
     environment = {"BZ_HTTP_PORT": "3", "BZ_HTTP_WORKERS": "4", "PATH": "/bin"}
-    settings = load(file=file, environment=environment, flags={"http.port": 5, "http.quantum": None})
+    settings = load(file=file, environment=environment, flags={"http.port": 5, "http.backlog": None})
     assert (settings.http.port, settings.http.workers, settings.http.host) == (5, 4, "::1")
     assert settings.auth.trust_claimed_hotkey
-    assert settings.http.quantum == Settings().http.quantum, "a flag that was not given changes nothing"
+    assert settings.http.backlog == Settings().http.backlog, "a flag that was not given changes nothing"
 
 
 def test_the_contract_names_of_secrets() -> None:

@@ -1,4 +1,4 @@
-"""What is done per quantum and per chunk: a sender's turn, the residency probe, the hashes."""
+"""What is done per quantum and per chunk: a sender's turn, the page-cache probe, the hashes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 from blake3 import blake3
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bzstream.http.links import PlainLink
-from bzstream.http.readahead import Residency
-from bzstream.http.sender import Transfer, TransferState
+from bzstream.http.io.transports import PlainTransport
+from bzstream.http.send.page_cache import PageCacheProbe
+from bzstream.http.send.transfer import Transfer, TransferState
 from bzstream.model.digest import CHUNK, ChunkHasher
 from bzstream.payload import Extent, Payload, UnitFile
 
@@ -60,11 +60,11 @@ def test_turn_of_256_kib(
 ) -> None:
     """One turn of the sender, probe, sendfile and bookkeeping, and the reader's copy, in one thread."""
     sender, reader = pair
-    residency, body = Residency({}), Payload((Extent(unit, 0, FILE),))
+    probe, body = PageCacheProbe({}), Payload((Extent(unit, 0, FILE),))
     transfers: list[Transfer] = []
 
     def fresh() -> Transfer:
-        transfers.append(Transfer(Nobody(), PlainLink(sender), sender.fileno(), "miner", b"", body, 0.0))
+        transfers.append(Transfer(Nobody(), PlainTransport(sender), sender.fileno(), "miner", b"", body, 0.0))
         return transfers[-1]
 
     current, waste = fresh(), bytearray(QUANTUM)
@@ -72,7 +72,7 @@ def test_turn_of_256_kib(
     def turn() -> None:
         nonlocal current
         before = current.taken
-        state = current.advance(QUANTUM, residency, time.monotonic())
+        state = current.advance(QUANTUM, probe, time.monotonic())
         left = current.taken - before
         while left:
             left -= reader.recv_into(waste, min(left, QUANTUM))
@@ -86,8 +86,8 @@ def test_turn_of_256_kib(
 
 
 def test_probe_2_mib_in_the_page_cache(benchmark: BenchmarkFixture, unit: UnitFile) -> None:
-    residency = Residency({})
-    assert benchmark(residency.resident, unit, 8 << 20, 2 << 20)
+    probe = PageCacheProbe({})
+    assert benchmark(probe.is_cached, unit, 8 << 20, 2 << 20)
 
 
 def test_find_a_part_among_12000(benchmark: BenchmarkFixture, unit: UnitFile) -> None:

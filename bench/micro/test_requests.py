@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bzstream.http import Representation, Request, heads, ranges
-from bzstream.http.framing import check_head, find_head
-from bzstream.http.incoming import translate
-from bzstream.http.peers import TrustedProxies
-from bzstream.http.selection import select
+from bzstream.http import Representation, Request
+from bzstream.http.protocol import ranges
+from bzstream.http.protocol.peers import TrustedProxies
+from bzstream.http.protocol.request_parser import check_head, find_head, make_request, parse_head, parse_new_head
+from bzstream.http.protocol.response import select, serialise_head
 from bzstream.model.record import make_envelope
 from bzstream.payload import Payload
 
@@ -23,7 +23,7 @@ SLICE = 3_623_882_752
 
 def request() -> Request:
     """The request in HEAD, as the router gets it."""
-    return translate(heads.read_head(HEAD, 100), "127.0.0.1", False, True, TrustedProxies(()))
+    return make_request(parse_head(HEAD, 100), "127.0.0.1", False, TrustedProxies(()))
 
 
 def test_find_and_check_a_head(benchmark: BenchmarkFixture) -> None:
@@ -37,7 +37,7 @@ def test_find_and_check_a_head(benchmark: BenchmarkFixture) -> None:
 
 def test_read_a_new_head(benchmark: BenchmarkFixture) -> None:
     """Gate and h11, as for a head that was not seen before."""
-    assert benchmark(heads._understand, HEAD, 100).method == "GET"
+    assert benchmark(parse_new_head, HEAD, 100).method == "GET"
 
 
 def test_read_a_remembered_head(benchmark: BenchmarkFixture) -> None:
@@ -79,7 +79,7 @@ def test_write_a_response_head(benchmark: BenchmarkFixture) -> None:
         ("Cache-Control", "no-cache, no-transform"),
         ("Content-Length", "8388608"),
     ]
-    assert benchmark(heads.write_head, 206, fields)
+    assert benchmark(serialise_head, 206, fields)
 
 
 def test_make_an_envelope(benchmark: BenchmarkFixture) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import uvloop
 
 from bzstream.config import HttpSettings
-from bzstream.http import Endpoint, Representation, Request, Response, Result, Router, Server, SilentObserver
+from bzstream.http import Endpoint, Observer, Representation, Request, Response, Result, Router, Server
 from bzstream.payload import Extent, Payload, UnitFile
 
 
@@ -41,7 +41,7 @@ class FileApplication:
         return Response.json({"status": "healthy", "model_loaded": True, "current_block": 12345, "phase": "train"})
 
 
-class StallObserver(SilentObserver):
+class StallObserver(Observer):
     """Tells the longest stall of the loop on stderr, whenever there is a longer one."""
 
     longest = 0.0
@@ -53,12 +53,7 @@ class StallObserver(SilentObserver):
 
 
 async def main() -> None:
-    settings = HttpSettings(
-        max_connections_per_caller=20_000,
-        max_connections=20_000,
-        quantum=int(os.environ.get("BENCH_QUANTUM", HttpSettings().quantum)),
-        send_threads=int(os.environ.get("BENCH_SEND_THREADS", HttpSettings().send_threads)),
-    )
+    settings = HttpSettings(max_connections_per_caller=20_000, max_connections=20_000)
     file = UnitFile(Path(os.environ["BENCH_FILE"]))
     server = Server(settings, FileApplication(file), StallObserver())
     server.start([socket.create_server(("127.0.0.1", int(sys.argv[1])), backlog=settings.backlog)])

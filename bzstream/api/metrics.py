@@ -27,7 +27,7 @@ from prometheus_client import (
 
 from bzstream.config import HttpSettings, MetricsSettings
 from bzstream.errors import BzstreamError
-from bzstream.http import Endpoint, Request, RequestRecord, Response, Router, Server, SilentObserver
+from bzstream.http import Endpoint, Observer, Request, RequestRecord, Response, Router, Server
 
 __all__ = ["CHAIN_AGE", "DOWNLOADS", "RESTARTS", "SNAPSHOT_BLOCK", "SNAPSHOT_TIME", "Telemetry", "serve_metrics"]
 
@@ -93,13 +93,13 @@ def serve_metrics(settings: MetricsSettings) -> tuple[Server, int]:
             f"cannot serve metrics on {settings.host} port {settings.port}: {error.strerror}; set metrics.port"
         ) from None
     listener.setblocking(False)
-    server = Server(HttpSettings(), _Exposition(), SilentObserver())
+    server = Server(HttpSettings(), _Exposition(), Observer())
     port: int = listener.getsockname()[1]
     server.start([listener])
     return server, port
 
 
-class Telemetry:
+class Telemetry(Observer):
     """`bzstream.http.Observer`: a log line and the figures for each request."""
 
     def __init__(self) -> None:
@@ -149,6 +149,9 @@ class Telemetry:
 
     def on_stall(self, seconds: float) -> None:
         STALLS.observe(seconds)
+
+    def on_warning(self, text: str) -> None:
+        self._log.warning(text)
 
     def on_error(self, error: BaseException, request: Request | None) -> None:
         """A bug: the log gets the traceback, the client never does."""

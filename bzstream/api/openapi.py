@@ -8,7 +8,7 @@ import msgspec
 
 from bzstream.api.operations import OPERATIONS, Operation, Parameter
 from bzstream.api.schemas import ErrorBody
-from bzstream.http.messages import PHRASES
+from bzstream.http import PHRASES
 
 __all__ = ["document"]
 

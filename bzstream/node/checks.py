@@ -12,7 +12,7 @@ from ipaddress import ip_network
 import structlog
 
 from bzstream.config import Settings
-from bzstream.http.tls import Certificate
+from bzstream.http import Certificate
 from bzstream.node.child import Role
 from bzstream.node.errors import NodeError
 

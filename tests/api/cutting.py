@@ -21,13 +21,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from bzstream.http.links import unsent
+
 from bzstream.api.access import AccessFiles
 from bzstream.api.app import Api
 from bzstream.api.state import WorkerState
 from bzstream.chain.state import ChainState
 from bzstream.config import AuthSettings, HttpSettings, Settings
 from bzstream.http import Server
-from bzstream.http.links import unsent
 from bzstream.model import SnapshotCache
 from bzstream.submissions.ledger import AsyncLedger
 from tests.api.desk import Desk

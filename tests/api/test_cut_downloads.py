@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 import uvloop
-
-from bzstream.api.app import Api
-from bzstream.http import readahead, sender
 from bzstream.http.readahead import Residency
 from bzstream.http.sender import Sender, Transfer, TransferState
 from bzstream.http.turns import Turns
+
+from bzstream.api.app import Api
+from bzstream.http import readahead, sender
 from bzstream.model import publish
 from tests.api.cutting import AUTH, ENDINGS, Rig, open_api, until
 from tests.model import build

@@ -26,13 +26,16 @@ def unit_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def serve(unit_path: Path) -> Iterator[Callable[..., Running]]:
-    """`serve(max_body=10, ...)`: a running server with these settings, ended after the test."""
+    """`serve(max_body=10, ...)`: a running server with these settings, ended after the test.
+
+    `parts`: further arguments of `Running`, such as what makes the sender.
+    """
     with ExitStack() as stack:
 
-        def start(path: Path = unit_path, *, uv: bool = True, **settings: Any) -> Running:
+        def start(path: Path = unit_path, *, parts: dict[str, Any] | None = None, **settings: Any) -> Running:
             file = UnitFile(path)
             stack.callback(file.release)
-            return stack.enter_context(Running(TinyApplication(file), HttpSettings(**settings), uv=uv))
+            return stack.enter_context(Running(TinyApplication(file), HttpSettings(**settings), **(parts or {})))
 
         yield start
 

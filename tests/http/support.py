@@ -22,6 +22,7 @@ from bzstream.config import HttpSettings
 from bzstream.http import (
     Endpoint,
     HttpError,
+    Observer,
     Representation,
     Request,
     RequestRecord,
@@ -30,6 +31,7 @@ from bzstream.http import (
     Router,
     Server,
 )
+from bzstream.http.send.sender import Sender
 from bzstream.payload import Extent, Payload, UnitFile
 
 TOKEN = "t" * 32
@@ -41,12 +43,13 @@ _BIND_ADDRESS_NO_PORT = 24
 """IP_BIND_ADDRESS_NO_PORT of ip(7): the port is chosen by connect, from as many as without a bind."""
 
 
-class Recorder:
+class Recorder(Observer):
     """An observer that keeps everything."""
 
     def __init__(self) -> None:
         self.requests: list[RequestRecord] = []
         self.errors: list[BaseException] = []
+        self.warnings: list[str] = []
         self.stalls: list[float] = []
         self.damaged: list[Path] = []
 
@@ -55,6 +58,9 @@ class Recorder:
 
     def on_stall(self, seconds: float) -> None:
         self.stalls.append(seconds)
+
+    def on_warning(self, text: str) -> None:
+        self.warnings.append(text)
 
     def on_error(self, error: BaseException, request: Request | None) -> None:
         self.errors.append(error)
@@ -87,7 +93,7 @@ class TinyApplication:
         router.add("GET", "/bug", Endpoint(self._bug))
         router.add("GET", "/async-bug", Endpoint(self._async_bug))
         router.add("GET", "/bad-header", Endpoint(lambda _: Response(200, (("X", "a\nb"),), b"x")))
-        router.add("GET", "/peer", Endpoint(lambda r: Response.json([r.peer, r.caller, r.loopback, r.secure])))
+        router.add("GET", "/peer", Endpoint(lambda r: Response.json([r.peer, r.caller, r.secure])))
 
     @cached_property
     def content(self) -> bytes:
@@ -137,8 +143,18 @@ class TinyApplication:
 class Running:
     """A server running on its own thread and loop."""
 
-    def __init__(self, application: TinyApplication, settings: HttpSettings, *, uv: bool = True) -> None:
+    def __init__(
+        self,
+        application: TinyApplication,
+        settings: HttpSettings,
+        *,
+        uv: bool = True,
+        make_sender: Callable[..., Sender] = Sender,
+        make_listener: Callable[[], socket.socket] = lambda: socket.create_server(("127.0.0.1", 0)),
+    ) -> None:
         self.application = application
+        self._make_sender = make_sender
+        self._make_listener = make_listener
         self.observer = Recorder()
         self.settings = settings
         self._uv = uv
@@ -166,9 +182,9 @@ class Running:
     async def _main(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener = self._make_listener()
         self.port: int = listener.getsockname()[1]
-        self.server = Server(self.settings, self.application, self.observer)
+        self.server = Server(self.settings, self.application, self.observer, make_sender=self._make_sender)
         self.server.start([listener])
         self._ready.set()
         await self._stop.wait()

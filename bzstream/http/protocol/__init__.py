@@ -1,0 +1,1 @@
+"""The protocol without I/O: request heads, bodies, ranges, conditions, dates, responses. Pure functions and values."""
