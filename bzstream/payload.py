@@ -144,11 +144,6 @@ class Payload:
     def __add__(self, other: Payload) -> Payload:
         return Payload((*self, *other))
 
-    @property
-    def references(self) -> int:
-        """Users of the open file; 0 when it is closed."""
-        return self._references
-
     def intact(self) -> bool:
         """Whether every file behind the payload is still the one that was opened."""
         return all(file.intact() for file in self.files)

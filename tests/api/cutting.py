@@ -21,14 +21,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from bzstream.http.links import unsent
-
 from bzstream.api.access import AccessFiles
 from bzstream.api.app import Api
 from bzstream.api.state import WorkerState
 from bzstream.chain.state import ChainState
 from bzstream.config import AuthSettings, HttpSettings, Settings
 from bzstream.http import Server
+from bzstream.http.io.transports import unacknowledged
+from bzstream.http.send.sender import Sender
 from bzstream.model import SnapshotCache
 from bzstream.submissions.ledger import AsyncLedger
 from tests.api.desk import Desk
@@ -171,7 +171,9 @@ def descriptors() -> int:
 class Rig:
     """A server of the API, and what it may not leave behind. Use `async with`."""
 
-    def __init__(self, api: Api, *, tls: Path | None = None, **settings: Any) -> None:
+    def __init__(
+        self, api: Api, *, tls: Path | None = None, make_sender: Callable[..., Sender] = Sender, **settings: Any
+    ) -> None:
         """`tls`: a folder to put a certificate into."""
         self.api = api
         if tls is not None:
@@ -182,6 +184,7 @@ class Rig:
         self.observer = Recorder()
         self.strays: list[dict[str, Any]] = []
         self._settings = HttpSettings(**settings)
+        self._make_sender = make_sender
 
     async def __aenter__(self) -> Rig:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: self.strays.append(context))
@@ -189,7 +192,7 @@ class Rig:
         listener = socket.create_server(("127.0.0.1", 0))
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
         self.port: int = listener.getsockname()[1]
-        self.server = Server(self._settings, self.api, self.observer)
+        self.server = Server(self._settings, self.api, self.observer, make_sender=self._make_sender)
         self.server.start([listener])
         return self
 
@@ -219,7 +222,7 @@ class Rig:
         peer.close(reset=reset)
         deadline = time.monotonic() + _DEADLINE_S
         while reset and self.server.connections:
-            self.server._turn()
+            self.server.turn()
             assert time.monotonic() < deadline, "a reset closes the connection"
 
     async def idle(self) -> None:
@@ -234,7 +237,7 @@ class Rig:
         await until(lambda: asyncio.all_tasks() == {me}, "tasks end")
         await until(lambda: set(references(self.api).values()) == {1}, "files are let go")
         assert server.limits.counts_nobody
-        assert not any(server.wheel._slots.values())
+        assert len(server.timers) == 0
         assert self.observer.errors == []
         assert self.observer.damaged == []
         assert not self.strays, self.strays
@@ -293,7 +296,7 @@ class Peer:
 
     def unacknowledged(self) -> int:
         """Bytes that were sent and have not arrived."""
-        return unsent(self._socket.fileno())
+        return unacknowledged(self._socket.fileno())
 
     def take(self) -> bool:
         """Receive what has come; whether that was anything."""

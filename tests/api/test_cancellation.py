@@ -20,8 +20,7 @@ import pytest
 import uvloop
 
 from bzstream.api.app import Api
-from bzstream.http import HttpError, Request, Response
-from bzstream.http.messages import Headers
+from bzstream.http import Headers, HttpError, Request, Response
 from tests.api.cutting import AUTH, ENDINGS, Cut, Peer, Rig, begin, open_api, until
 from tests.api.desk import Desk, new_key, signed
 from tests.nodes import TOKEN

@@ -11,26 +11,29 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import uvloop
-from bzstream.http.readahead import Residency
-from bzstream.http.sender import Sender, Transfer, TransferState
-from bzstream.http.turns import Turns
 
 from bzstream.api.app import Api
-from bzstream.http import readahead, sender
+from bzstream.http.send.fair_queue import FairQueue
+from bzstream.http.send.read_ahead import ReadAhead
+from bzstream.http.send.sender import MAX_DEDICATED, Sender
+from bzstream.http.send.transfer import Transfer, TransferState
 from bzstream.model import publish
+from bzstream.payload import UnitFile
 from tests.api.cutting import AUTH, ENDINGS, Rig, open_api, until
 from tests.model import build
 
 HOTKEY = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
 GET = f"GET /model/partial HTTP/1.1\r\n{AUTH}X-Expert-Group: 0\r\nX-Hotkey: {HOTKEY}\r\n\r\n".encode()
-SETTINGS = {"quantum": 24 * 1024, "send_threads": 2}
+QUANTUM = 24 * 1024
 WINDOW = 48 * 1024
 Ending = Callable[[], Coroutine[Any, Any, None]]
 
@@ -45,31 +48,56 @@ def slices(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "store"
 
 
+class NothingCached:
+    """A probe to which every page is on the disk until it was read."""
+
+    def is_cached(self, file: UnitFile, offset: int, length: int) -> bool:
+        return False
+
+
 class Scissors:
-    """Counts the moments of a download and begins an ending at the chosen one, asked from the sender's threads."""
+    """Counts the moments of a download and begins an ending at the chosen one, asked from the sender's threads.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        advance, settle = Transfer.advance, Sender._settle_locked
-        self.states: set[TransferState] = set()
-        """All that turns have ended in."""
-        self.robbed = False
-        """Whether a thread had the turn of a transfer whose files, and so its socket, were given up already."""
+    They ask its clock when a turn begins, and its queue when one has ended.
+    """
+
+    def __init__(self) -> None:
+        self.came_from: set[TransferState] = set()
+        """All states that transfers were in before they were ready; BUSY: they were ready again at once."""
         self.reached = False
+        self._lock = threading.Lock()
 
-        def advance_(transfer: Transfer, *arguments: Any) -> TransferState:
-            # The thread waits until the ending has had its first step: it finds the transfer busy.
-            if self._count():
-                assert self._begun.wait(10)
-            self.robbed |= transfer._body is None
-            return advance(transfer, *arguments)
+    def clock(self) -> float:
+        # The thread waits until the ending has had its first step, which so finds the transfer busy.
+        if self._count():
+            assert self._begun.wait(10)
+        return time.monotonic()
 
-        def settle_(queue: Sender, outcome: Any) -> None:
-            settle(queue, outcome)
-            self.states.add(outcome[0].state)
-            self._count()  # the queue's lock is held: no waiting here
+    def make_queue(self, quantum: int) -> FairQueue[Transfer]:
+        scissors = self
 
-        monkeypatch.setattr(Transfer, "advance", advance_)
-        monkeypatch.setattr(Sender, "_settle_locked", settle_)
+        class CountingQueue(FairQueue[Transfer]):
+            def add(self, item: Transfer) -> None:
+                scissors.came_from.add(item.state)
+                super().add(item)
+
+            def charge(self, item: Transfer, sent: int) -> None:
+                super().charge(item, sent)
+                scissors._count()  # the sender's lock is held: no waiting here
+
+        return CountingQueue(quantum)
+
+    def make_sender(self, *arguments: Any, alone: bool) -> Sender:
+        return Sender(
+            *arguments,
+            quantum=QUANTUM,
+            max_dedicated=MAX_DEDICATED if alone else 0,
+            dedicated_bytes=QUANTUM,
+            clock=self.clock,
+            queue=self.make_queue,
+            probe=lambda _: NothingCached(),
+            read_ahead=partial(ReadAhead, window=WINDOW),
+        )
 
     def open(self, at: int, ending: Ending) -> None:
         self._left, self._ending = at, ending
@@ -80,7 +108,7 @@ class Scissors:
         """Whether the moment came, after all that it began has been done; to be called when it or the end has come."""
         if not self.reached:
             await until(lambda: not rig.server.downloads, "the end of the last turn")
-            with rig.server.sender._lock:
+            with self._lock:
                 came = self._left < 0
             await until(lambda: self.reached or not came, "the beginning of the ending")
         if self.reached:
@@ -88,10 +116,12 @@ class Scissors:
         return self.reached
 
     def _count(self) -> bool:
-        self._left -= 1
-        if self._left == -1:
+        with self._lock:
+            self._left -= 1
+            now = self._left == -1
+        if now:
             self._loop.call_soon_threadsafe(self._begin)
-        return self._left == -1
+        return now
 
     def _begin(self) -> None:
         self.reached = True
@@ -101,16 +131,8 @@ class Scissors:
 
 @pytest.mark.parametrize("alone", [False, True], ids=["by turns", "alone"])
 @pytest.mark.parametrize("tls", [False, True], ids=["plain", "tls"])
-def test_every_turn_of_a_download(
-    tls: bool, alone: bool, slices: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if alone:
-        monkeypatch.setattr(sender, "_STAY", SETTINGS["quantum"])
-    else:
-        monkeypatch.setattr(Turns, "needless", lambda *_: False)
-    monkeypatch.setattr(readahead, "WINDOW", WINDOW)
-    monkeypatch.setattr(Residency, "resident", lambda *_: False)
-    scissors = Scissors(monkeypatch)
+def test_every_turn_of_a_download(tls: bool, alone: bool, slices: Path, tmp_path: Path) -> None:
+    scissors = Scissors()
 
     async def cut_off(rig: Rig, truth: bytes, how: str, at: int) -> None:
         rig.observer.requests.clear()
@@ -136,7 +158,10 @@ def test_every_turn_of_a_download(
         async with AsyncExitStack() as stack:
             for at in itertools.count():
                 if not at or how == "server":
-                    rig = await stack.enter_async_context(Rig(api, tls=tmp_path if tls else None, **SETTINGS))
+                    make_sender = partial(scissors.make_sender, alone=alone)
+                    rig = await stack.enter_async_context(
+                        Rig(api, tls=tmp_path if tls else None, make_sender=make_sender)
+                    )
                 await cut_off(rig, truth, how, at)
                 if not scissors.reached:
                     return at
@@ -148,7 +173,6 @@ def test_every_turn_of_a_download(
                 assert await every(api, how) > (10 if alone else 20)
 
     uvloop.run(main())
-    assert not scissors.robbed
-    # Who has a thread to itself waits in it, and is ready or blocked again only by chance.
-    assert scissors.states >= {TransferState.COLD, TransferState.OVER}
-    assert alone or scissors.states >= {TransferState.READY, TransferState.BLOCKED}
+    # A transfer that has a thread to itself waits in it, and is ready or blocked again only by chance.
+    assert scissors.came_from >= {TransferState.COLD}
+    assert alone or scissors.came_from >= {TransferState.BUSY, TransferState.BLOCKED}

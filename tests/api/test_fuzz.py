@@ -1,4 +1,4 @@
-"""Mutated requests over real sockets against the real node: the endpoints behind the core, which `tests/http/test_fuzz`
+"""Mutated requests over real sockets against the real node: the endpoints behind the core, which `tests/http/io/test_fuzz`
 drives a hundred thousand times by itself.
 
 There are 6,000 of them, in a long run 100,000. Nearly all of a request's time is the node's, so
@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.api.desk import Desk, new_key, signed, troubles
-from tests.http.test_fuzz import TOKENS
+from tests.http.io.test_fuzz import TOKENS
 from tests.nodes import TOKEN, Node, child_processes, eventually, running_node
 from tests.seeds import seeds
 

@@ -464,9 +464,9 @@ def test_a_draining_node(node: Node, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def unacknowledged(client: Client) -> int:
-    from bzstream.http.links import unsent
+    from bzstream.http.io.transports import unacknowledged
 
-    return unsent(client.socket.fileno())
+    return unacknowledged(client.socket.fileno())
 
 
 def refused(port: int) -> bool:

@@ -158,11 +158,6 @@ class Server:
         return len(self.sender.active)
 
     @property
-    def descriptors(self) -> list[int]:
-        """Descriptors of the connections open now."""
-        return list(self._connections)
-
-    @property
     def has_work(self) -> bool:
         """Whether connections have more to do in a turn to come."""
         return bool(self._pending_events or self._expired or self._resumed)
