@@ -1,5 +1,5 @@
-"""Mutated requests over real sockets against the real node: the endpoints behind the core, which `tests/http/io/test_fuzz`
-drives a hundred thousand times by itself.
+"""Mutated requests over real sockets against the real node: the endpoints, whose parser and connection alone
+`tests/http/io/test_fuzz` drives a hundred thousand times.
 
 There are 6,000 of them, in a long run 100,000. Nearly all of a request's time is the node's, so
 several clients keep two workers busy. The seeds are fixed.
