@@ -87,7 +87,7 @@ _UNKNOWN = {404: ErrorBody}
 
 
 _CODING = (
-    Parameter("coding", "query", _TEXT, "Name of a coding that the manifest lists", required=True),
+    Parameter("coding", "query", {**_TEXT, "minLength": 1}, "Name of a coding that the manifest lists", required=True),
     Parameter(
         "base",
         "query",
