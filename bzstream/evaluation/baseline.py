@@ -7,16 +7,17 @@ dropped it, and reads with `pread`: a mapped page of a file that was cut is a SI
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from bzstream.evaluation.reading.layout import TensorSpec, published_exponent, specs_of, value_bound
+from bzstream.evaluation.reading.specs import TensorSpec, specs_of
+from bzstream.evaluation.reading.values import published_exponent, value_bound
 from bzstream.evaluation.rejection_codes import EvaluationError, Failure
 from bzstream.model import Snapshot
-from bzstream.payload import Extent, Payload
-from bzstream.tensorfile import Head, head_size, parse_head
+from bzstream.payload import Extent, Payload, size_of
+from bzstream.tensorfile import head_size, parse_head
+from bzstream.util.files import read_fully
 
 __all__ = ["BaselineModel", "UnitTensors", "read_into"]
 
@@ -40,6 +41,10 @@ class UnitTensors(NamedTuple):
         """Bytes of all tensors."""
         return sum(spec.nbytes for spec in self.specs)
 
+    def pread(self, length: int, offset: int) -> bytes:
+        """Bytes of the unit. Raises OSError when a file is cut."""
+        return self.payload[offset : offset + length].read()
+
 
 class BaselineModel:
     """One model version. `close()` gives the files back."""
@@ -53,7 +58,7 @@ class BaselineModel:
             raise EvaluationError(f"version {self.version} was published without a config.json; publish it with one")
         self._snapshot = snapshot
         snapshot.retain()
-        self._units: dict[int | None, UnitTensors | None] = {}
+        self._units: dict[int | None, UnitTensors] = {}
         self._bounds: dict[int, int] = {}
         self._bounds_lock = threading.Lock()
 
@@ -63,45 +68,37 @@ class BaselineModel:
     @property
     def full(self) -> UnitTensors:
         """The whole model under the checkpoint's own names and shapes."""
-        unit = self._unit(None)
-        assert unit is not None
-        return unit
+        return self._unit(None)
 
     def group(self, group: int) -> UnitTensors:
         """One group's slice. Raises Failure `unknown_group`."""
-        unit = self._unit(group)
-        if unit is None:
-            raise Failure("unknown_group", f"version {self.version} has no expert group {group}")
-        return unit
+        return self._unit(group)
 
     def value_bound(self, group: int) -> int:
-        """The exponent b of a group: no training reaches a magnitude of 2**b (`readers`). Any thread may call it.
+        """The exponent b of a group: no training reaches a magnitude of 2**b (`reading.values`).
 
-        The first call for a group reads its slice. Raises Failure `unknown_group`, `baseline_not_finite`.
+        Any thread may call it. The first call for a group reads its slice. Raises Failure `unknown_group` and
+        `baseline_not_finite`.
         """
         unit = self.group(group)
         with self._bounds_lock:
             if group not in self._bounds:
-
-                def pread(length: int, offset: int) -> bytes:
-                    return bytes(unit.payload[offset : offset + length].read())
-
-                exponents = [
-                    published_exponent(pread, at, spec) for at, spec in zip(unit.offsets, unit.specs, strict=True)
-                ]
-                self._bounds[group] = value_bound(exponents)
+                tensors = zip(unit.offsets, unit.specs, strict=True)
+                self._bounds[group] = value_bound(published_exponent(unit.pread, at, spec) for at, spec in tensors)
             return self._bounds[group]
 
-    def _unit(self, group: int | None) -> UnitTensors | None:
+    def _unit(self, group: int | None) -> UnitTensors:
         if group not in self._units:
             unit = self._snapshot.full if group is None else self._snapshot.partial(group)
-            self._units[group] = None if unit is None else _unit_tensors(unit.payload, unit.content_hash)
+            if unit is None:
+                raise Failure("unknown_group", f"version {self.version} has no expert group {group}")
+            self._units[group] = _unit_tensors(unit.payload, unit.content_hash)
         return self._units[group]
 
 
 def _unit_tensors(payload: Payload, content_hash: str) -> UnitTensors:
     size = head_size(payload[:8].read(), len(payload), max_head=_MAX_HEAD)
-    head: Head = parse_head(payload[:size].read(), len(payload), max_head=_MAX_HEAD)
+    head = parse_head(payload[:size].read(), len(payload), max_head=_MAX_HEAD)
     rows = None
     if "expert_group" in head.metadata:
         rows = {int(layer): tuple(row) for layer, row in json.loads(head.metadata["experts"]).items()}
@@ -113,17 +110,11 @@ def read_into(payload: Payload, offset: int, target: memoryview) -> None:
     """Fill `target` with the payload's bytes from `offset`. Raises EvaluationError when a file is cut."""
     done = 0
     for part in payload[offset : offset + len(target)]:
-        if isinstance(part, Extent):
-            end = done + part.length
-            position = part.offset
-            while done < end:
-                count = os.preadv(part.file.fd, [target[done:end]], position)
-                if count == 0:
-                    raise EvaluationError(f"{part.file.path} was cut; run `bzstream inspect --verify` on the store")
-                done += count
-                position += count
-        else:
-            target[done : done + len(part)] = part
-            done += len(part)
-    if done != len(target):
-        raise EvaluationError("a unit of the store ends early; run `bzstream inspect --verify` on the store")
+        here = target[done : done + size_of(part)]
+        if not isinstance(part, Extent):
+            here[:] = part
+        elif read_fully(part.file.fd, here, part.offset) < len(here):
+            break
+        done += len(here)
+    if done < len(target):
+        raise EvaluationError("a unit of the store was cut; run `bzstream inspect --verify` on the store")

@@ -7,7 +7,7 @@ themselves are in `scoring.py`. Blocking.
 from __future__ import annotations
 
 from bzstream.evaluation.records import Records
-from bzstream.evaluation.scoring.losses import Fingerprint, copies
+from bzstream.evaluation.scoring.copies import Fingerprint, copies
 from bzstream.submissions.ledger import Ledger
 from bzstream.submissions.types import SubmissionRow
 

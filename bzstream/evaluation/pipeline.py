@@ -1,20 +1,28 @@
-"""The coroutine that turns queued submissions into scores: fetch -> verify -> evaluate, each stage bounded.
+"""Turns queued submissions into scores: fetch, verify, stage, score, each stage bounded. Runs in the evaluator's loop.
 
-    claim --- fetch (threads, `fetches` at once) --- verify (2 processes) --- ready --- stage (1 ahead) --- judge
+    claim --- fetch (threads, `fetches` at once) --- verify (2 processes) --- ready --- stage (1 ahead) --- score
                  spool: bounded bytes                            waits for the round's seed              1 thread
 
 A submission is fetched as soon as it is queued, because its miner may go away and because the time of the fetch counts;
-it is judged once the hash of the first block after the submit phase is known, in the order of rounds and precedence.
-While one is judged the next is staged, and those after it are fetched and verified.
+it is scored once the hash of the first block after the submit phase is known, in the order of rounds and precedence.
+While one is scored the next is staged, and those after it are fetched and verified.
 
-The ledger is the only memory. Everything here holds jobs under leases that are renewed four times as often as they
-run out; an evaluator that dies simply stops renewing. What a restart finds again is the ledger's queue and whole files
-in the spool. A job that was lost (the lease ran out, or a later submission superseded it) is dropped wherever it is.
+The ledger is the only memory. The pipeline holds tasks under leases that are renewed four times as often as they run
+out; an evaluator that dies simply stops renewing. A restart finds the ledger's queue and the whole files in the spool.
+A task whose lease was lost (it ran out, or a later submission superseded this one) is dropped by the stage that it is
+in. Every task ends in `_forget`, which gives back its buffer and its room in the spool.
 
-Verdicts come as exceptions (`codes`): Refusal makes `rejected`, Failure `failed`, anything else is a bug and makes
-`failed` with `internal_error`. After a device error the process is of no use (a CUDA context does not recover): the
-verdict is written, the other jobs are given back and `run` raises, so that the supervisor starts a fresh process. The
-same happens, without a verdict, when the model or the data do not fit: no other submission would fare better.
+A stage ends a task by raising, and `_outcome` is the table of what each exception means:
+
+    Refusal                      rejected, with the code of the miner's fault (`rejection_codes`)
+    Failure                      failed, with the code of our fault
+    any other Exception          failed, `internal_error`: a bug
+    ModelClosed                  ready again: the model was replaced while the task waited for it
+    cancelled, or lease lost     forgotten; rejected `fetch_timeout` when the round closed while it was fetched
+    EvaluationError              the run ends: the model or the data do not fit, and no other task would fare better
+
+After a `device_error` the process is of no use (a CUDA context does not recover): the task fails, the others are given
+back to the queue and `run` raises, so that the supervisor starts a fresh process.
 """
 
 from __future__ import annotations
@@ -22,6 +30,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,13 +40,13 @@ import structlog
 from bzstream.chain.clock import Cycle
 from bzstream.chain.state import ChainState
 from bzstream.config import Settings
-from bzstream.evaluation.baseline import BaselineModel, UnitTensors
+from bzstream.evaluation.baseline import BaselineModel
 from bzstream.evaluation.duplicates import is_duplicate, reject_copies
 from bzstream.evaluation.fetching import CancelledFetch
 from bzstream.evaluation.records import Records
 from bzstream.evaluation.rejection_codes import EvaluationError, Failure, ModelClosed, Refusal
 from bzstream.evaluation.stages import EvaluationTask, StageRunner
-from bzstream.evaluation.threads import Worker, in_thread
+from bzstream.evaluation.threads import WorkerThread, in_thread
 from bzstream.model import SnapshotCache
 from bzstream.submissions.ledger import LeaseLost, Ledger, LedgerUnavailable
 from bzstream.submissions.states import FINAL, Status
@@ -53,12 +62,12 @@ _VERIFIERS = 2
 """Files verified at once: reading runs at the speed of memory, so more would only take it from the model."""
 
 
-class _Lost(Exception):
+class _LeaseLost(Exception):
     """The job is somebody else's now, or nobody's; drop it without a word."""
 
 
 class Pipeline:
-    """One evaluator. `make_scorer(published)` builds the judge; it is called in the model's thread."""
+    """One evaluator. `make_scorer(baseline)` builds the scorer; it is called in the model's thread."""
 
     def __init__(
         self,
@@ -66,8 +75,8 @@ class Pipeline:
         *,
         ledger: Ledger,
         records: Records,
-        library: SnapshotCache,
-        tools: StageRunner,
+        snapshots: SnapshotCache,
+        runner: StageRunner,
         make_scorer: Callable[[BaselineModel], Scorer],
         name: str,
     ) -> None:
@@ -75,8 +84,8 @@ class Pipeline:
         self._cycle = Cycle.of(settings.chain)
         self._ledger = ledger
         self._records = records
-        self._library = library
-        self._tools = tools
+        self._snapshots = snapshots
+        self._runner = runner
         self._make_scorer = make_scorer
         self._name = name
         self._log = structlog.get_logger("evaluator")
@@ -86,23 +95,23 @@ class Pipeline:
         self._chain: ChainState | None = None
         # The jobs
         self._active: set[EvaluationTask] = set()
-        """Every job from its claim until `_leave`; also one that was lost, until its stage has noticed."""
-        self._preparing: set[asyncio.Task[None]] = set()
+        """Every job from its claim until `_forget`; also one that was lost, until its stage has noticed."""
+        self._preparations: set[asyncio.Task[None]] = set()
         self._verifying = asyncio.Semaphore(_VERIFIERS)
         self._ready: list[EvaluationTask] = []
-        self._wake = asyncio.Event()
+        self._ready_changed = asyncio.Event()
         self._staged: asyncio.Queue[EvaluationTask] = asyncio.Queue(1)
         # The model
-        self._torch = Worker("model")
+        self._model_thread = WorkerThread("model")
         self._scorer: Scorer | None = None
-        self._published: dict[str, BaselineModel] = {}
+        self._baselines: dict[str, BaselineModel] = {}
 
     async def run(self, stop: asyncio.Event) -> None:
         """Evaluate until `stop` is set; jobs in hand are then given back. Raises EvaluationError, see above."""
         await self._call(self._settle_latest)
         loops = [
             asyncio.create_task(loop())
-            for loop in (self._claiming, self._renewing, self._watching, self._staging_loop, self._scoring_loop)
+            for loop in (self._claim_loop, self._renew_loop, self._chain_loop, self._staging_loop, self._scoring_loop)
         ]
         stopped = asyncio.create_task(stop.wait())
         try:
@@ -110,84 +119,84 @@ class Pipeline:
         finally:
             self._stopping = True
             stopped.cancel()
-            for work in self._active:
-                work.cancelled.set()
-            self._tools.reader.close()
+            for task in self._active:
+                task.cancelled.set()
+            self._runner.reader.close()
             for loop in loops:
                 loop.cancel()
             results = await asyncio.gather(*loops, return_exceptions=True)
-            await asyncio.gather(*self._preparing, return_exceptions=True)
+            await asyncio.gather(*self._preparations, return_exceptions=True)
             await self._give_back()
             if self._scorer is not None and self._fatal is None:
-                await self._torch.run(self._scorer.close)
-            for published in self._published.values():
-                published.close()
+                await self._model_thread.run(self._scorer.close)
+            for baseline in self._baselines.values():
+                baseline.close()
         for error in (self._fatal, *results):
             if isinstance(error, Exception):
                 raise error
 
     # ---- Claims, leases, the chain --------------------------------------------------------------------------------
 
-    async def _claiming(self) -> None:
+    async def _claim_loop(self) -> None:
         while True:
-            self._library.refresh()
-            self._forget_versions()
-            free = self._settings.fetches - len(self._preparing)
-            if free > 0 and self._library.current is not None:
+            self._snapshots.refresh()
+            self._release_baselines()
+            free = self._settings.fetches - len(self._preparations)
+            if free > 0 and self._snapshots.current is not None:
                 claim = partial(self._ledger.claim, self._name, lease_s=self._settings.lease_s, limit=free)
                 for job in await self._call(claim):
-                    work = EvaluationTask(job, self._tools.spool.open(job.record.submission_id))
-                    self._active.add(work)
-                    task = asyncio.create_task(self._prepare(work))
-                    self._preparing.add(task)
-                    task.add_done_callback(self._preparing.discard)
+                    task = EvaluationTask(job, self._runner.spool.open(job.record.submission_id))
+                    self._active.add(task)
+                    preparation = asyncio.create_task(self._prepare(task))
+                    self._preparations.add(preparation)
+                    preparation.add_done_callback(self._preparations.discard)
             await asyncio.sleep(self._settings.poll_s)
 
-    async def _renewing(self) -> None:
+    async def _renew_loop(self) -> None:
         while True:
             await asyncio.sleep(self._settings.lease_s / 4)
-            works = [work for work in self._active if not work.lost]
-            if works:
-                jobs = [work.job for work in works]
+            tasks = [task for task in self._active if not task.lost]
+            if tasks:
+                jobs = [task.job for task in tasks]
                 held = await self._call(partial(self._ledger.renew, jobs, lease_s=self._settings.lease_s))
-                for work in works:
-                    if work.id not in held and work in self._active:
-                        self._drop(work)
+                for task in tasks:
+                    if task.id not in held and task in self._active:
+                        self._drop(task)
 
-    def _drop(self, work: EvaluationTask) -> None:
+    def _drop(self, task: EvaluationTask) -> None:
         """The lease is lost: to another evaluator, or because a later submission superseded this one."""
-        self._log.info("lost", submission=work.id)
-        work.lost = True
-        work.cancelled.set()
-        if work in self._ready:  # no stage is at work on it that would notice
-            self._ready.remove(work)
-            self._leave(work)
+        self._log.info("lost", submission=task.id)
+        task.lost = True
+        task.cancelled.set()
+        if task in self._ready:  # no stage is at task on it that would notice
+            self._ready.remove(task)
+            self._forget(task)
 
-    async def _watching(self) -> None:
+    async def _chain_loop(self) -> None:
         """Follow the chain: new seeds, and the end of a round's fetches."""
         while True:
             before, self._chain = self._chain, await self._call(self._ledger.chain_state)
-            self._wake.set()
+            self._ready_changed.set()
             passed = self._chain.block - before.block if self._chain is not None and before is not None else 0
-            for work in self._active:
-                entry = work.entry
+            for task in self._active:
+                entry = task.entry
                 if entry.waited:  # for our room, now or since the last look: these blocks are ours, not the miner's
-                    if not work.waits:
-                        self._log.info("waiting for room in the spool", submission=work.id)
-                    work.waits = entry.waiting
-                    work.waited_blocks += max(0, passed)
+                    if not task.waits:
+                        self._log.info("waiting for room in the spool", submission=task.id)
+                    task.waits = entry.waiting
+                    task.waited_blocks += max(0, passed)
                     entry.waited = entry.waiting
-                elif work.record.status == "fetching" and self._too_late(work):
-                    work.late = True
-                    work.cancelled.set()
+                elif task.record.status == "fetching" and self._too_late(task):
+                    task.late = True
+                    task.cancelled.set()
             await asyncio.sleep(self._settings.poll_s)
 
-    def _too_late(self, work: EvaluationTask) -> bool:
+    def _too_late(self, task: EvaluationTask) -> bool:
         """Whether the round's fetches have closed for a submission. A signed hash keeps it open: the file is fixed."""
-        record = work.record
+        record = task.record
         if self._chain is None or record.checkpoint_hash is not None:
             return False
-        grace = self._settings.fetch_grace_blocks + work.waited_blocks
+        grace = self._settings.fetch_grace_blocks + task.waited_blocks
         return self._chain.block > self._cycle.seed_block(record.round) + grace
 
     def _seed(self, record: SubmissionRow) -> str | None:
@@ -202,123 +211,127 @@ class Pipeline:
                 self._log.warning("the ledger does not answer", reason=str(error))
                 await asyncio.sleep(1.0)
 
-    async def _advance(self, work: EvaluationTask, status: Status, **values: Any) -> None:
+    async def _advance(self, task: EvaluationTask, status: Status, **values: Any) -> None:
         try:
-            work.job = await self._call(partial(self._ledger.advance, work.job, status, **values))
+            task.job = await self._call(partial(self._ledger.advance, task.job, status, **values))
         except LeaseLost:
-            raise _Lost from None
+            raise _LeaseLost from None
 
     async def _give_back(self) -> None:
-        for work in list(self._active):
-            if work.record.status not in FINAL:  # else the stop came right after the verdict
-                with contextlib.suppress(_Lost):
-                    await self._advance(work, "queued")
-            self._leave(work)
+        for task in list(self._active):
+            if task.record.status not in FINAL:  # else the stop came right after the end
+                with contextlib.suppress(_LeaseLost):
+                    await self._advance(task, "queued")
+            self._forget(task)
 
-    def _leave(self, work: EvaluationTask) -> None:
-        self._active.discard(work)
-        work.unstage()
-        work.entry.release()
+    def _forget(self, task: EvaluationTask) -> None:
+        self._active.discard(task)
+        task.unstage()
+        task.entry.release()
 
     # ---- Fetch and verify -----------------------------------------------------------------------------------------
 
-    async def _prepare(self, work: EvaluationTask) -> None:
+    async def _prepare(self, task: EvaluationTask) -> None:
         """From `fetching` to ready."""
-        async with self._verdict(work):
-            unit = await self._slice(work)
+        async with self._outcome(task):
+            baseline = task.baseline = await self._baseline_of(task)
             began = time.monotonic()
-            digest = await in_thread(partial(self._tools.fetch, work, unit, self._too_late), "fetch")
+            digest = await in_thread(partial(self._runner.fetch, task, baseline, self._too_late), "fetch")
             fetched = time.monotonic()
-            await self._advance(work, "verifying", content_hash=f"sha256:{digest}")
-            if work.record.checkpoint_hash not in (None, work.record.content_hash):
+            if task.late and not task.lost:  # the last byte came in the moment in which the round closed: it counts
+                task.late = False
+                task.cancelled.clear()
+            await self._advance(task, "verifying", content_hash=f"sha256:{digest}")
+            if task.record.checkpoint_hash not in (None, task.record.content_hash):
                 raise Refusal("hash_mismatch", "the file's SHA-256 is not the signed checkpoint_hash")
             async with self._verifying:
-                if work.cancelled.is_set():
-                    raise _Lost
-                await in_thread(partial(self._tools.read, work), "verify")
+                if not task.cancelled.is_set():
+                    await in_thread(partial(self._runner.read, task, baseline), "verify")
+            if task.cancelled.is_set():
+                raise _LeaseLost
             seconds = {"fetch_s": round(fetched - began, 3), "verify_s": round(time.monotonic() - fetched, 3)}
-            if work.lost:
-                raise _Lost
-            self._log.info("verified", submission=work.id, **seconds)
-            self._ready.append(work)
-            self._wake.set()
+            self._log.info("verified", submission=task.id, **seconds)
+            self._make_ready(task)
 
-    async def _slice(self, work: EvaluationTask) -> UnitTensors:
-        """The slice that the submission builds on: that of its round's base (`chain.round_base`).
+    def _make_ready(self, task: EvaluationTask) -> None:
+        self._ready.append(task)
+        self._ready_changed.set()
+
+    async def _baseline_of(self, task: EvaluationTask) -> BaselineModel:
+        """The version that the submission builds on: its round's base (`chain.round_base`).
 
         A ledger of an older bzstream can hold a round without a base. Then it is the newest version that was published
         before the submit phase, else the oldest that there is.
         """
-        base = await self._call(partial(self._ledger.round_base, work.record.round))
-        snapshots = self._library.versions()
+        base = await self._call(partial(self._ledger.round_base, task.record.round))
+        snapshots = self._snapshots.versions()
         if base is not None:
             snapshots = [snapshot for snapshot in snapshots if snapshot.version == base]
         if not snapshots:
             raise Failure("version_gone", f"the store does not hold version {base}" if base else "the store is empty")
-        before = [snapshot for snapshot in snapshots if snapshot.block <= work.record.round]
+        before = [snapshot for snapshot in snapshots if snapshot.block <= task.record.round]
         snapshot = before[0] if before else snapshots[-1]
-        if snapshot.version not in self._published:
-            self._published[snapshot.version] = BaselineModel(snapshot)
-        work.published = self._published[snapshot.version]
-        return work.published.group(work.record.expert_group)
+        if snapshot.version not in self._baselines:
+            self._baselines[snapshot.version] = BaselineModel(snapshot)
+        return self._baselines[snapshot.version]
 
-    def _forget_versions(self) -> None:
+    def _release_baselines(self) -> None:
         """Let go of versions that nothing needs, so that the disk gets their room back once the store drops them."""
-        needed = {work.published.version for work in self._active if work.published is not None}
+        needed = {task.baseline.version for task in self._active if task.baseline is not None}
         if self._scorer is not None:
             needed.add(self._scorer.version)
-        for version in self._published.keys() - needed:
-            self._published.pop(version).close()
+        for version in self._baselines.keys() - needed:
+            self._baselines.pop(version).close()
 
-    # ---- Stage and scorer ------------------------------------------------------------------------------------------
+    # ---- Stage and score -------------------------------------------------------------------------------------------
 
     async def _staging_loop(self) -> None:
         """Put the next submission whose seed is known into a staging buffer, one ahead of the scorer."""
         while self._fatal is None:
-            due = [work for work in self._ready if self._seed(work.record) is not None]
+            due = [task for task in self._ready if self._seed(task.record) is not None]
             if not due:
-                self._wake.clear()
-                await self._wake.wait()
+                self._ready_changed.clear()
+                await self._ready_changed.wait()
                 continue
-            work = min(due, key=lambda w: (w.record.round, w.record.precedence, w.id))
-            self._ready.remove(work)
-            async with self._verdict(work):
-                scorer = await self._scorer_for(work)
-                await in_thread(partial(self._tools.stage, work, scorer), "stage")
-                await self._staged.put(work)
+            task = min(due, key=lambda w: (w.record.round, w.record.precedence, w.id))
+            self._ready.remove(task)
+            async with self._outcome(task):
+                scorer = await self._scorer_for(task)
+                await in_thread(partial(self._runner.stage, task, scorer), "stage")
+                await self._staged.put(task)
 
-    async def _scorer_for(self, work: EvaluationTask) -> Scorer:
+    async def _scorer_for(self, task: EvaluationTask) -> Scorer:
         """The scorer for the submission's version, loaded now if another is resident (the old one goes first)."""
-        published = work.published
-        assert published is not None
-        if self._scorer is None or self._scorer.version != published.version:
+        baseline = task.baseline
+        assert baseline is not None
+        if self._scorer is None or self._scorer.version != baseline.version:
             await self._staged.join()
             await self._close_scorer()
-            self._log.info("loading the model", version=published.version)
+            self._log.info("loading the model", version=baseline.version)
             try:
-                self._scorer = await self._torch.run(partial(self._make_scorer, published))
+                self._scorer = await self._model_thread.run(partial(self._make_scorer, baseline))
             except Failure as failure:  # not this submission's doing
-                raise EvaluationError(f"version {published.version} cannot be loaded: {failure.detail}") from None
+                raise EvaluationError(f"version {baseline.version} cannot be loaded: {failure.detail}") from None
         return self._scorer
 
     async def _close_scorer(self) -> None:
         old, self._scorer = self._scorer, None
         if old is not None:
-            await self._torch.run(old.close)
+            await self._model_thread.run(old.close)
 
     async def _scoring_loop(self) -> None:
         while self._fatal is None:
-            work = await self._staged.get()
+            task = await self._staged.get()
             try:
-                async with self._verdict(work):
-                    await self._score(work)
+                async with self._outcome(task):
+                    await self._score(task)
                 if self._scorer is not None and not self._scorer.model.is_baseline:
                     await self._close_scorer()
             finally:
                 self._staged.task_done()
 
-    async def _score(self, work: EvaluationTask) -> None:
-        scorer, staged, record = work.scorer, work.staged, work.record
+    async def _score(self, task: EvaluationTask) -> None:
+        scorer, staged, record = task.scorer, task.staged, task.record
         seed = self._seed(record)
         assert scorer is not None
         assert staged is not None
@@ -326,28 +339,28 @@ class Pipeline:
             raise ModelClosed  # it was closed after an error, or the chain went back: stage again
         if await self._call(partial(is_duplicate, self._ledger, self._records, record, staged.weights)):
             raise Refusal("duplicate_weights", "the weights are those of a submission with precedence")
-        await self._advance(work, "evaluating", model_version=scorer.version)
-        work.staged = None  # the scorer closes it
-        judging = partial(
+        await self._advance(task, "evaluating", model_version=scorer.version)
+        task.staged = None  # the scorer closes it
+        scoring = partial(
             scorer.score,
             staged,
             seed,
             file_hash=str(record.content_hash),
-            submission_id=work.id,
+            submission_id=task.id,
             round_=record.round,
-            cancelled=work.cancelled.is_set,
+            cancelled=task.cancelled.is_set,
         )
-        verdict = await self._bounded(self._torch.run(judging))
-        found = verdict.evaluation
-        await self._call(partial(self._records.write, found, verdict.sketch))
-        await self._advance(work, "scored", baseline_loss=found.baseline_loss, loss=found.loss, score=found.score)
+        scored = await self._bounded(self._model_thread.run(scoring))
+        found = scored.evaluation
+        await self._call(partial(self._records.write, found, scored.sketch))
+        await self._advance(task, "scored", baseline_loss=found.baseline_loss, loss=found.loss, score=found.score)
         seconds = round(found.seconds["total"], 3)
-        self._log.info("scored", submission=work.id, group=found.group, score=found.score, seconds=seconds)
+        self._log.info("scored", submission=task.id, group=found.group, score=found.score, seconds=seconds)
         distance = self._settings.copy_distance
         settle = partial(reject_copies, self._ledger, self._records, record.round, found.group, distance)
         for copy, original in await self._call(settle):
             self._log.info("rejected", submission=copy, code="duplicate_weights", of=original)
-        self._leave(work)
+        self._forget(task)
 
     def _settle_latest(self) -> None:
         """Settle the copies of the latest round: an evaluator may have died between a score and that. Blocking."""
@@ -357,48 +370,48 @@ class Pipeline:
         for group in {record.expert_group for record in latest.results}:
             reject_copies(self._ledger, self._records, latest.round, group, self._settings.copy_distance)
 
-    async def _bounded(self, judging: Awaitable[ScoredSubmission]) -> ScoredSubmission:
-        """The verdict, or a Failure that ends this process when one batch alone takes longer than scoring may."""
+    async def _bounded(self, scoring: Awaitable[ScoredSubmission]) -> ScoredSubmission:
+        """The result, or a Failure that ends this process when one batch alone takes longer than scoring may."""
         try:
-            return await asyncio.wait_for(judging, 2 * self._settings.score_timeout_s)
+            return await asyncio.wait_for(scoring, 2 * self._settings.score_timeout_s)
         except TimeoutError:
             raise Failure("device_error", "the model does not come back from a batch") from None
 
-    # ---- Verdicts -------------------------------------------------------------------------------------------------
+    # ---- Outcomes -------------------------------------------------------------------------------------------------
 
     @contextlib.asynccontextmanager
-    async def _verdict(self, work: EvaluationTask) -> AsyncIterator[None]:
+    async def _outcome(self, task: EvaluationTask) -> AsyncIterator[None]:
         """Turn what a stage raises into the job's end."""
         try:
             yield
         except ModelClosed:
-            work.unstage()
-            if work.lost:
-                self._leave(work)
+            task.unstage()
+            if task.lost:
+                self._forget(task)
             else:
-                self._ready.append(work)
-                self._wake.set()
-        except (CancelledFetch, InterruptedError, _Lost):
-            if work.late and work.record.status == "fetching":
-                await self._end(work, "rejected", "fetch_timeout", "the file had not arrived when the round closed")
+                self._make_ready(task)
+        except (CancelledFetch, InterruptedError, _LeaseLost):
+            if task.late and task.record.status == "fetching":
+                await self._finish(task, "rejected", "fetch_timeout", "the file had not arrived when the round closed")
             elif not self._stopping:
-                self._leave(work)
+                self._forget(task)
         except Refusal as refusal:
-            await self._end(work, "rejected", refusal.code, refusal.detail)
+            await self._finish(task, "rejected", refusal.code, refusal.detail)
         except Failure as failure:
             if failure.code == "device_error":
                 self._fatal = EvaluationError(f"the evaluator restarts: {failure.detail}")
             if not self._stopping:  # a reader that this process closed itself is nobody's fault
-                await self._end(work, "failed", failure.code, failure.detail)
+                await self._finish(task, "failed", failure.code, failure.detail)
         except EvaluationError as error:
             self._fatal = error
             raise
         except Exception:
-            self._log.exception("evaluation failed", submission=work.id)
-            await self._end(work, "failed", "internal_error", "a fault of the evaluator")
+            # The traceback as text: rendering it with the values of all variables would hold the loop, and the leases.
+            self._log.error("evaluation failed", submission=task.id, exception=traceback.format_exc())
+            await self._finish(task, "failed", "internal_error", "a fault of the evaluator")
 
-    async def _end(self, work: EvaluationTask, status: Status, code: str, detail: str) -> None:
-        self._log.info(status, submission=work.id, code=code, detail=detail)
-        with contextlib.suppress(_Lost):
-            await self._advance(work, status, reason=code)
-        self._leave(work)
+    async def _finish(self, task: EvaluationTask, status: Status, code: str, detail: str) -> None:
+        self._log.info(status, submission=task.id, code=code, detail=detail)
+        with contextlib.suppress(_LeaseLost):
+            await self._advance(task, status, reason=code)
+        self._forget(task)

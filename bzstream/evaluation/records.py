@@ -7,14 +7,17 @@ harm: whoever evaluates the submission next writes the same numbers.
 
 from __future__ import annotations
 
+import base64
+from collections.abc import Sequence
+
 import msgspec
+import numpy as np
 from msgspec import Struct
 
-from bzstream.evaluation.scoring.losses import pack_sketch, unpack_sketch
 from bzstream.submissions.ledger import Ledger
 from bzstream.submissions.types import EvaluationRow
 
-__all__ = ["Evaluation", "Records"]
+__all__ = ["Evaluation", "Records", "pack_sketch", "unpack_sketch"]
 
 
 class Evaluation(Struct, frozen=True, kw_only=True):
@@ -84,3 +87,12 @@ class Records:
         """Submission id -> (weights, sketch) of all that were evaluated in a round for a group."""
         rows = self._ledger.evaluations(round_, group)
         return {row.submission_id: (row.weights, unpack_sketch(row.sketch)) for row in rows}
+
+
+def pack_sketch(sketch: Sequence[float]) -> str:
+    """A sketch as text for the ledger: base64 of little-endian float32."""
+    return base64.b64encode(np.asarray(sketch, "<f4").tobytes()).decode()
+
+
+def unpack_sketch(text: str) -> tuple[float, ...]:
+    return tuple(float(value) for value in np.frombuffer(base64.b64decode(text), "<f4"))

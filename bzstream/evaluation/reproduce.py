@@ -1,8 +1,12 @@
-"""Repeating an evaluation: find the very file again, score it by the record's numbers, and compare to the last bit."""
+"""Repeats an evaluation: finds the very file again and compares the numbers of a record with those of its repeat.
+
+`bzstream evaluate --repeat` calls it, in the process of the command.
+"""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -17,6 +21,16 @@ from bzstream.util.files import hash_file
 
 __all__ = ["compare", "find_file", "settings_of"]
 
+_INPUTS = {
+    "model_hash": "the model",
+    "slice_hash": "the group's slice",
+    "file_hash": "the file",
+    "weights": "the weights",
+    "tokens_hash": "the evaluation data",
+    "windows": "the windows",
+}
+"""What a score is computed from: the record's field -> its name in a sentence."""
+
 
 def find_file(settings: Settings, record: SubmissionRow, kept: Evaluation, scratch: Path) -> Path:
     """The submitted file: from a spool of this machine, else by its URL into `scratch`.
@@ -26,13 +40,7 @@ def find_file(settings: Settings, record: SubmissionRow, kept: Evaluation, scrat
     for path in sorted(spool_folder(settings, settings.store_path()).glob(f"*/{record.submission_id}")):
         if f"sha256:{hash_file(path)}" == kept.file_hash:
             return path
-    limits = Limits(
-        max_bytes=settings.evaluation.spool_bytes,
-        timeout_s=settings.evaluation.fetch_timeout_s,
-        stall_s=settings.evaluation.fetch_stall_s,
-        max_redirects=settings.evaluation.max_redirects,
-        connections=settings.evaluation.fetch_connections,
-    )
+    limits = Limits.of(settings.evaluation, settings.evaluation.spool_bytes)
     path = scratch / "checkpoint"
     fetched = fetch(record.checkpoint_url, path, limits, SafeConnector(settings.submit), cancelled=threading.Event())
     if f"sha256:{fetched.sha256}" != kept.file_hash:
@@ -57,25 +65,14 @@ def compare(kept: Evaluation, again: Evaluation) -> list[str]:
 
     What explains a difference comes first: other data, another model, other libraries, another device.
     """
-    found: list[str] = []
-    for name, what in (
-        ("model_hash", "the model"),
-        ("slice_hash", "the group's slice"),
-        ("file_hash", "the file"),
-        ("weights", "the weights"),
-        ("tokens_hash", "the evaluation data"),
-        ("windows", "the windows"),
-    ):
-        if getattr(kept, name) != getattr(again, name):
-            found.append(f"{what} is not the same")
-    numbers = ("baseline_windows", "loss_windows", "baseline_loss", "loss", "score")
-    wrong = [name for name in numbers if getattr(kept, name) != getattr(again, name)]
+
+    def differing(names: Iterable[str]) -> list[str]:
+        return [name for name in names if getattr(kept, name) != getattr(again, name)]
+
+    found = [f"{_INPUTS[name]} is not the same" for name in differing(_INPUTS)]
+    wrong = differing(("baseline_windows", "loss_windows", "baseline_loss", "loss", "score"))
     if wrong:
-        places = ("device", "threads", "versions")
-        reasons = [
-            f"{p} was {getattr(kept, p)}, is {getattr(again, p)}"
-            for p in places
-            if getattr(kept, p) != getattr(again, p)
-        ]
+        places = differing(("device", "threads", "versions"))
+        reasons = [f"{place} was {getattr(kept, place)}, is {getattr(again, place)}" for place in places]
         found.append(f"{', '.join(wrong)} differ ({'; '.join(reasons) or 'on the same device and libraries'})")
     return found

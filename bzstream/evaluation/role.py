@@ -46,7 +46,7 @@ async def run(settings: Settings, store: Path, *, device: str | None, stop: asyn
     spool = await asyncio.to_thread(partial(Spool, folder, evaluation.spool_bytes))
     ledger = await asyncio.to_thread(partial(Ledger.open, settings.ledger_location()))
     try:
-        library = SnapshotCache(store, warn=partial(structlog.get_logger("evaluator").warning, "snapshot"))
+        snapshots = SnapshotCache(store, warn=partial(structlog.get_logger("evaluator").warning, "snapshot"))
         reader = Reader(memory=evaluation.read_memory, timeout=evaluation.read_timeout_s)
         name = f"{socket.gethostname()}/{os.getpid()}"
         alive = asyncio.create_task(_show_life(ledger, name))
@@ -55,8 +55,8 @@ async def run(settings: Settings, store: Path, *, device: str | None, stop: asyn
                 settings,
                 ledger=ledger,
                 records=Records(ledger),
-                library=library,
-                tools=StageRunner(evaluation, spool, SafeConnector(settings.submit), reader),
+                snapshots=snapshots,
+                runner=StageRunner(evaluation, spool, SafeConnector(settings.submit), reader),
                 make_scorer=partial(_make_scorer, settings, store, device),
                 name=name,
             ).run(stop)
@@ -64,7 +64,7 @@ async def run(settings: Settings, store: Path, *, device: str | None, stop: asyn
             alive.cancel()
             reader.close()
             spool.close()
-            library.close()
+            snapshots.close()
     finally:
         ledger.close()
 
@@ -84,9 +84,9 @@ async def _show_life(ledger: Ledger, name: str) -> None:
         await asyncio.sleep(LIFE_S)
 
 
-def _make_scorer(settings: Settings, store: Path, device: str, published: BaselineModel) -> Scorer:
+def _make_scorer(settings: Settings, store: Path, device: str, baseline: BaselineModel) -> Scorer:
     # torch and transformers take seconds to import: only here, in the model's thread, when there is work.
     from bzstream.evaluation.scoring.scorer import Scorer
 
     cache = spool_folder(settings, store) / "tokens"
-    return Scorer(published, settings.evaluation, device=device, cache=cache)
+    return Scorer(baseline, settings.evaluation, device=device, cache=cache)

@@ -1,22 +1,22 @@
-"""One submission's way through the stages: what is known of it, and the blocking step of each stage.
+"""What is known of one claimed submission, and the blocking step of each stage: fetch, read, stage.
 
-The steps run in threads and know nothing of the ledger or the loop; `pipeline.py` decides when, and what their
-exceptions mean.
+The steps run in threads of their own and know nothing of the ledger or the event loop; `pipeline.py` decides when they
+run and what their exceptions mean.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from bzstream.config import EvaluationSettings
-from bzstream.evaluation.baseline import BaselineModel, UnitTensors
+from bzstream.evaluation.baseline import BaselineModel
 from bzstream.evaluation.fetching import CancelledFetch, Limits, SafeConnector, fetch
-from bzstream.evaluation.reading.layout import largest_file
-from bzstream.evaluation.reading.ptfile import TensorLocation
 from bzstream.evaluation.reading.sandbox import Reader
+from bzstream.evaluation.reading.specs import TensorLocation, largest_file
 from bzstream.evaluation.rejection_codes import Failure
 from bzstream.evaluation.spool import Spool, SpoolEntry
 from bzstream.submissions.types import Job, SubmissionRow
@@ -30,7 +30,7 @@ __all__ = ["EvaluationTask", "StageRunner"]
 
 
 class EvaluationTask:
-    """One claimed submission on its way. Each stage fills in what the next one needs."""
+    """One claimed submission. The event loop owns it; each stage fills in what the next one needs."""
 
     def __init__(self, job: Job, entry: SpoolEntry) -> None:
         self.job = job
@@ -45,7 +45,7 @@ class EvaluationTask:
         """It was waiting for room in the spool at the last look, and the log has said so."""
         self.waited_blocks = 0
         """Blocks for which it waited for our room; they do not count against its miner."""
-        self.published: BaselineModel | None = None
+        self.baseline: BaselineModel | None = None
         self.locations: list[TensorLocation] = []
         self.scorer: Scorer | None = None
         self.staged: Staged | None = None
@@ -66,7 +66,7 @@ class EvaluationTask:
 
 
 class StageRunner:
-    """What the steps work with; shared by all threads."""
+    """What the steps task with; shared by all threads."""
 
     def __init__(self, settings: EvaluationSettings, spool: Spool, connector: SafeConnector, reader: Reader) -> None:
         self.settings = settings
@@ -74,62 +74,53 @@ class StageRunner:
         self.connector = connector
         self.reader = reader
 
-    def fetch(self, work: EvaluationTask, unit: UnitTensors, too_late: Callable[[EvaluationTask], bool]) -> str:
+    def fetch(self, task: EvaluationTask, baseline: BaselineModel, too_late: Callable[[EvaluationTask], bool]) -> str:
         """The whole file in the spool, from an earlier attempt or by the network; its SHA-256 in hex.
 
         Raises Refusal, Failure, CancelledFetch.
         """
-        record, entry, settings = work.record, work.entry, self.settings
+        record, entry, settings = task.record, task.entry, self.settings
         if entry.find():
             digest = hash_file(entry.path)
             if record.content_hash in (None, f"sha256:{digest}"):
                 return digest
             entry.discard()
-        if too_late(work):
+        if too_late(task):
             raise Failure("fetched_too_late", "the round closed before this evaluator could fetch the file")
 
         def reserve(size: int) -> float:
-            waited = entry.reserve(size, work.cancelled.is_set)
+            waited = entry.reserve(size, task.cancelled.is_set)
             if waited is None:
                 raise CancelledFetch
             return waited
 
-        limits = Limits(
-            max_bytes=largest_file(unit.specs),
-            timeout_s=settings.fetch_timeout_s,
-            stall_s=settings.fetch_stall_s,
-            max_redirects=settings.max_redirects,
-            connections=settings.fetch_connections,
-            attempts=settings.fetch_attempts,
-        )
+        limits = Limits.of(settings, largest_file(baseline.group(record.expert_group).specs))
         self.reader.warm_up()
         draft = entry.draft()
-        found = fetch(record.checkpoint_url, draft, limits, self.connector, cancelled=work.cancelled, reserve=reserve)
+        found = fetch(record.checkpoint_url, draft, limits, self.connector, cancelled=task.cancelled, reserve=reserve)
         entry.keep()
         return found.sha256
 
-    def read(self, work: EvaluationTask) -> None:
+    def read(self, task: EvaluationTask, baseline: BaselineModel) -> None:
         """Check the spooled file, in a process of its own. Raises Refusal, Failure."""
-        group, published = work.record.expert_group, work.published
-        assert published is not None
-        bound = published.value_bound(group)
-        fd = _open(work)
-        try:
-            work.locations = self.reader.read(fd, os.fstat(fd).st_size, published.group(group).specs, bound)
-        finally:
-            os.close(fd)
+        group = task.record.expert_group
+        bound = baseline.value_bound(group)
+        with _spooled_file(task) as fd:
+            task.locations = self.reader.read(fd, os.fstat(fd).st_size, baseline.group(group).specs, bound)
 
-    def stage(self, work: EvaluationTask, scorer: Scorer) -> None:
-        """Put the checked weights into a staging buffer of the judge's model. Raises Failure, ModelClosed."""
-        fd = _open(work)
-        try:
-            work.scorer, work.staged = scorer, scorer.stage(fd, work.locations, work.record.expert_group)
-        finally:
-            os.close(fd)
+    def stage(self, task: EvaluationTask, scorer: Scorer) -> None:
+        """Put the checked weights into a staging buffer of the scorer's model. Raises Failure, ModelClosed."""
+        with _spooled_file(task) as fd:
+            task.scorer, task.staged = scorer, scorer.stage(fd, task.locations, task.record.expert_group)
 
 
-def _open(work: EvaluationTask) -> int:
+@contextmanager
+def _spooled_file(task: EvaluationTask) -> Iterator[int]:
     try:
-        return os.open(work.entry.path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(task.entry.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise Failure("spool_error", f"the spooled file cannot be read: {error.strerror}") from None
+    try:
+        yield fd
+    finally:
+        os.close(fd)

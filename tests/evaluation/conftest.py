@@ -13,8 +13,8 @@ import torch
 from bzstream.config import EvaluationSettings
 from bzstream.demo.toy_model import corpus, improve, train_toy
 from bzstream.evaluation.baseline import BaselineModel
-from bzstream.evaluation.reading.layout import TensorSpec
 from bzstream.evaluation.reading.sandbox import Reader
+from bzstream.evaluation.reading.specs import TensorSpec
 from bzstream.evaluation.scoring.scorer import Scorer
 from bzstream.model import open_snapshot, publish
 

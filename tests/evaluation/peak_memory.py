@@ -1,4 +1,4 @@
-"""Run by `test_resident.py`: load a model of some 190 MB, wear two submissions, and report what memory it took."""
+"""Run by `test_resident.py`: load a model of some 190 MB, swap two submissions in, and report what memory it took."""
 
 from __future__ import annotations
 

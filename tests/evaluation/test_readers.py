@@ -19,17 +19,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bzstream.evaluation.reading.layout import (
-    CASTS,
-    TensorSpec,
-    check_layout,
-    check_values,
-    largest_file,
-    published_exponent,
-    value_bound,
-)
-from bzstream.evaluation.reading.ptfile import TensorLocation, is_zip, read_pt
+from bzstream.evaluation.reading.layout import check_layout
+from bzstream.evaluation.reading.ptfile import is_zip, read_pt
 from bzstream.evaluation.reading.sandbox import Reader
+from bzstream.evaluation.reading.specs import CASTS, TensorLocation, TensorSpec, largest_file
+from bzstream.evaluation.reading.values import check_values, published_exponent, value_bound
 from bzstream.evaluation.rejection_codes import REJECTED, EvaluationError, Failure, Refusal
 from bzstream.tensorfile import tensor_bytes
 from tests.evaluation.hostile import FILES, honest, honest_pt

@@ -42,7 +42,7 @@ def stage(model: ResidentModel, file: Path, group: int) -> Staged:
     fd = os.open(file, os.O_RDONLY)
     try:
         size = os.fstat(fd).st_size
-        locations = check_layout(lambda length, at: os.pread(fd, length, at), size, model.published.group(group).specs)
+        locations = check_layout(lambda length, at: os.pread(fd, length, at), size, model.baseline.group(group).specs)
         return model.stage(fd, locations, group)
     finally:
         os.close(fd)
@@ -74,7 +74,9 @@ def hub_layout(folder: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["original", "native", "hub"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
-def test_every_family_loads_and_wears_a_slice_as_transformers_would(family: Any, layout: str, tmp_path: Path) -> None:
+def test_every_family_loads_and_swaps_a_slice_in_as_transformers_would(
+    family: Any, layout: str, tmp_path: Path
+) -> None:
     if layout == "hub" and family is not qwen3_vl_moe:
         return
     one, two = random_model(family, 1), random_model(family, 2)
@@ -95,13 +97,13 @@ def test_every_family_loads_and_wears_a_slice_as_transformers_would(family: Any,
             assert torch.equal(found._logits(tokens), expected), "computed buffers (rotary tables) are not as built"
         staged = stage(found, tmp_path / "store-two" / "current" / "group-1.safetensors", 1)
         with found.swapped_in(staged):
-            worn = state(found.module)
+            swapped = state(found.module)
         for name, mine in ours.items():
             if ".mlp.experts." in name:
                 half = len(mine) // 2  # experts 2 and 3 of 4
-                assert torch.equal(worn[name], torch.cat([mine[:half], theirs[name][half:]])), name
+                assert torch.equal(swapped[name], torch.cat([mine[:half], theirs[name][half:]])), name
             else:
-                assert torch.equal(worn[name], mine), name
+                assert torch.equal(swapped[name], mine), name
         assert same(state(found.module), ours)
         staged.close()
 
@@ -182,11 +184,11 @@ def test_a_model_of_the_validators_own(tmp_path: Path) -> None:
         before = found.window_losses(windows, batch=1)
         staged = stage(found, tmp_path / "store-two" / "current" / "group-1.safetensors", 1)
         with found.swapped_in(staged):
-            worn = found.window_losses(windows, batch=1)
+            swapped = found.window_losses(windows, batch=1)
             assert state(found.module)["model.layers.0.mlp.experts.3.up_proj.weight"].equal(
                 state(two)["model.layers.0.mlp.experts.3.up_proj.weight"]
             )
-        assert worn != before
+        assert swapped != before
         assert found.window_losses(windows, batch=1) == before
     for wrong in ("nonsense", f"{__name__}:missing", "no.such.module:f", f"{__name__}:SEED"):
         with (
@@ -210,7 +212,7 @@ def test_the_baseline_comes_back_after_a_fault_at_every_step(
     model = scorer.model
     baseline = state(model.module)
     real = torch.Tensor.copy_
-    copies = 3 * len(model.pieces(1))
+    copies = 3 * len(model.bindings(1))
     steps = [0, 1, 2, 3, copies // 2, copies - 1, copies, copies + 1, 2 * copies - 1]
     for step in steps:
         staged = stage(model, toy.improved, 1)
@@ -238,7 +240,7 @@ def test_the_baseline_comes_back_after_a_fault_at_every_step(
         staged.close()
     staged = stage(model, toy.improved, 1)
     with model.swapped_in(staged):
-        assert not same(state(model.module), baseline), "nothing was worn"
+        assert not same(state(model.module), baseline), "nothing was swapped in"
     staged.close()
     assert model.differing() == []
 
@@ -319,7 +321,7 @@ def test_whoever_waits_for_a_model_that_is_closed_is_told(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_cast_submission_is_worn_in_the_published_dtype(
+def test_a_cast_submission_is_swapped_in_as_the_published_dtype(
     dtype: torch.dtype, scorer: Scorer, toy: Toy, tmp_path: Path
 ) -> None:
     tensors = load_file(toy.improved)
@@ -328,7 +330,7 @@ def test_a_cast_submission_is_worn_in_the_published_dtype(
     cast, plain = stage(model, tmp_path / "cast.safetensors", 1), stage(model, toy.improved, 1)
     if dtype is torch.float32:
         assert cast.weights == plain.weights, "the same weights have another hash in another dtype"
-    for view, specs in zip(cast.views, model.published.group(1).specs, strict=True):
+    for view, specs in zip(cast.views, model.baseline.group(1).specs, strict=True):
         assert torch.equal(bits(view), bits(tensors[specs.name].to(dtype).to(torch.bfloat16)))
     cast.close()
     plain.close()

@@ -16,19 +16,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bzstream.evaluation.records import Evaluation, Records
+from bzstream.evaluation.records import Evaluation, Records, pack_sketch, unpack_sketch
 from bzstream.evaluation.rejection_codes import FAILED, REJECTED, EvaluationError
 from bzstream.evaluation.reproduce import compare
+from bzstream.evaluation.scoring.copies import Fingerprint, copies
 from bzstream.evaluation.scoring.data import Tokens, load_tokens
-from bzstream.evaluation.scoring.losses import (
-    Fingerprint,
-    choose_windows,
-    copies,
-    mean_loss,
-    pack_sketch,
-    score,
-    unpack_sketch,
-)
+from bzstream.evaluation.scoring.losses import choose_windows, mean_loss, score
 from bzstream.evaluation.scoring.scorer import Scorer
 from bzstream.submissions.ledger import Ledger
 from tests.evaluation.conftest import SEED, Toy
@@ -139,7 +132,7 @@ def staged_from(scorer: Scorer, tensors: dict[str, np.ndarray], tmp_path: Path, 
     path.write_bytes(honest(tensors, "F32"))
     fd = os.open(path, os.O_RDONLY)
     try:
-        part = scorer.model.published.group(group)
+        part = scorer.model.baseline.group(group)
         locations = check_layout(lambda n, at: os.pread(fd, n, at), path.stat().st_size, part.specs)
         return scorer.stage(fd, locations, group)
     finally:

@@ -6,6 +6,7 @@ import threading
 import time
 from typing import NamedTuple
 
+from bzstream.config import EvaluationSettings
 from bzstream.evaluation.rejection_codes import Refusal
 
 __all__ = ["CancelledFetch", "FetchBudget", "Limits", "OtherConnectionFailed"]
@@ -22,6 +23,18 @@ class Limits(NamedTuple):
     part_bytes: int = 16 * 1024 * 1024
     """The first range asked for; a file that is not larger is not worth a second connection."""
     attempts: int = 3
+
+    @classmethod
+    def of(cls, settings: EvaluationSettings, max_bytes: int) -> Limits:
+        """What the settings allow for a file of at most `max_bytes`."""
+        return cls(
+            max_bytes=max_bytes,
+            timeout_s=settings.fetch_timeout_s,
+            stall_s=settings.fetch_stall_s,
+            max_redirects=settings.max_redirects,
+            connections=settings.fetch_connections,
+            attempts=settings.fetch_attempts,
+        )
 
 
 class CancelledFetch(Exception):

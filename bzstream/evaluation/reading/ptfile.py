@@ -22,30 +22,14 @@ import io
 import pickle
 import struct
 from collections import OrderedDict
-from collections.abc import Callable
 from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
+from bzstream.evaluation.reading.specs import Pread, TensorLocation, item_size
 from bzstream.evaluation.rejection_codes import Refusal
 
-__all__ = ["ITEM_SIZES", "TensorLocation", "is_zip", "read_pt"]
-
-ITEM_SIZES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
-}  # fmt: skip
-"""Bytes of one element, by safetensors dtype name."""
-
-
-class TensorLocation(NamedTuple):
-    """One tensor's bytes in a file: C-contiguous little-endian elements at [offset, offset + nbytes)."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
+__all__ = ["is_zip", "read_pt"]
 
 
 def is_zip(start: bytes) -> bool:
@@ -53,7 +37,7 @@ def is_zip(start: bytes) -> bool:
     return start[:4] == b"PK\x03\x04"
 
 
-def read_pt(pread: Callable[[int, int], bytes], size: int, *, max_tensors: int) -> list[TensorLocation]:
+def read_pt(pread: Pread, size: int, *, max_tensors: int) -> list[TensorLocation]:
     """The tensors of a `torch.save` state dict of at most `max_tensors` tensors, in its own order.
 
     `pread(length, offset)` reads the file of `size` bytes. Raises Refusal `not_safetensors_or_pt` for a zip that
@@ -96,7 +80,7 @@ def _place(described: dict[str, _Tensor], storages: dict[str, tuple[int, int]]) 
             raise Refusal("bad_layout", "a tensor's storage is not in the file")
         offset, length = storages[storage.key]
         count = prod(shape)
-        if tensor.offset != 0 or storage.numel != count or length != count * ITEM_SIZES[storage.dtype]:
+        if tensor.offset != 0 or storage.numel != count or length != count * item_size(storage.dtype):
             raise Refusal("bad_layout", "a tensor is not the whole of its storage; clone it before saving")
         stride = 1
         for extent, step in zip(reversed(shape), reversed(tensor.strides), strict=True):
@@ -128,7 +112,7 @@ def _broken(what: str) -> Refusal:
     return Refusal("not_safetensors_or_pt", f"the file starts like a zip, but {what}; save it with torch.save")
 
 
-def _zip_entries(pread: Callable[[int, int], bytes], size: int, *, max_directory: int) -> dict[str, tuple[int, int]]:
+def _zip_entries(pread: Pread, size: int, *, max_directory: int) -> dict[str, tuple[int, int]]:
     """Name -> (offset, length) of the data of each entry, all STORED, disjoint and inside the file."""
     end_at = size - _END.size
     if end_at < 0:
@@ -220,7 +204,7 @@ def _zip64_extra(extra: bytes) -> list[int]:
     return []
 
 
-def _data_offset(pread: Callable[[int, int], bytes], header_at: int, name: str, limit: int) -> int:
+def _data_offset(pread: Pread, header_at: int, name: str, limit: int) -> int:
     """Where the data of the entry begins, by its local header, which must agree with the central one."""
     if header_at + _LOCAL.size > limit:
         raise _broken("an entry lies outside the file")

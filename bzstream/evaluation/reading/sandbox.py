@@ -29,9 +29,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from bzstream.evaluation.reading.layout import TensorSpec, allowed_dtypes
-from bzstream.evaluation.reading.ptfile import ITEM_SIZES, TensorLocation
+from bzstream.evaluation.reading.specs import TensorLocation, TensorSpec, allowed_dtypes, item_size
 from bzstream.evaluation.rejection_codes import REJECTED, Failure, Refusal
+from bzstream.util.strict_json import JsonError, parse_json_object
 
 __all__ = ["Reader"]
 
@@ -161,7 +161,7 @@ class Reader:
     ) -> list[TensorLocation]:
         """Turn an answer into ranges that hold whatever the worker became."""
         try:
-            document = json.loads(answer)
+            document = parse_json_object(answer, max_depth=4)
             if "code" in document:
                 code, detail = str(document["code"]), str(document["detail"])[:400]
                 if code in REJECTED:
@@ -169,16 +169,16 @@ class Reader:
                 raise Failure("reader_crashed", detail)
             self.confinement = "seccomp" if document["seccomp"] else "limits"
             found = document["found"]
-            if len(found) != len(specs):
-                raise ValueError
             locations: list[TensorLocation] = []
-            for w, (dtype, offset) in zip(specs, found, strict=True):
-                nbytes = w.nbytes // ITEM_SIZES[w.dtype] * ITEM_SIZES[dtype]
-                if dtype not in allowed_dtypes(w.dtype) or type(offset) is not int or not 0 <= offset <= size - nbytes:
+            for spec, (dtype, offset) in zip(specs, found, strict=True):
+                if dtype not in allowed_dtypes(spec.dtype) or type(offset) is not int:
                     raise ValueError
-                locations.append(TensorLocation(w.name, dtype, w.shape, offset, nbytes))
+                nbytes = spec.nbytes // item_size(spec.dtype) * item_size(dtype)
+                if not 0 <= offset <= size - nbytes:
+                    raise ValueError
+                locations.append(TensorLocation(spec.name, dtype, spec.shape, offset, nbytes))
             return locations
-        except (ValueError, KeyError, TypeError):
+        except (JsonError, ValueError, KeyError, TypeError):
             pass
         status = worker.close()
         if status == -signal.SIGXCPU:

@@ -15,7 +15,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from bzstream.evaluation.reading.layout import TensorSpec, check_layout, check_values
+from bzstream.evaluation.reading.layout import check_layout
+from bzstream.evaluation.reading.specs import TensorSpec
+from bzstream.evaluation.reading.values import check_values
 from bzstream.evaluation.rejection_codes import Refusal
 from bzstream.util.files import write_fully
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
-from bzstream.evaluation.reading.layout import TensorSpec
+from bzstream.evaluation.reading.specs import TensorSpec
 from bzstream.evaluation.rejection_codes import EvaluationError
 from bzstream.model.naming import expert_name
 
@@ -69,22 +69,22 @@ def bind(
     square_is_native: bool = True,
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> list[Binding]:
-    """Every piece of the published `tensors` in the model's `parameters` (name -> shape).
+    """Every binding of the published `tensors` in the model's `parameters` (name -> shape).
 
     `rows` maps a layer to the original index of each local row, for a slice; None for the full model. `ignored` says
     which tensors the model does without. Raises EvaluationError when a tensor has no place or its shape does not fit.
     """
-    pieces: list[Binding] = []
+    bindings: list[Binding] = []
     for index, spec in enumerate(tensors):
         found = _place(index, spec, parameters, rows, square_is_native)
         if found is not None:
-            pieces += found
+            bindings += found
         elif not ignored(spec.name):
             raise EvaluationError(
                 f"the model built from the config has no place for the published tensor {spec.name!r} of shape "
                 f"{list(spec.shape)}; check config.json or set evaluation.model"
             )
-    return pieces
+    return bindings
 
 
 def _place(
@@ -143,14 +143,14 @@ def _named(name: str, parameters: Mapping[str, Shape]) -> str | None:
     return next((renamed for rename in _RENAMES if (renamed := rename(name)) in parameters), None)
 
 
-def missing(pieces: Iterable[Binding], parameters: Mapping[str, Shape]) -> list[str]:
-    """Parameters that the pieces do not fill to the last element. (Pieces of one `bind` never overlap.)"""
+def missing(bindings: Iterable[Binding], parameters: Mapping[str, Shape]) -> list[str]:
+    """Parameters that the bindings do not fill to the last element. (Pieces of one `bind` never overlap.)"""
     filled = dict.fromkeys(parameters, 0)
-    for piece in pieces:
-        shape = parameters[piece.parameter]
-        if piece.span is not None:
-            start, stop = piece.span
-            filled[piece.parameter] += (stop - start) * prod(shape[2:])
+    for binding in bindings:
+        shape = parameters[binding.parameter]
+        if binding.span is not None:
+            start, stop = binding.span
+            filled[binding.parameter] += (stop - start) * prod(shape[2:])
         else:
-            filled[piece.parameter] += prod(shape if piece.expert is None else shape[1:])
+            filled[binding.parameter] += prod(shape if binding.expert is None else shape[1:])
     return [name for name, shape in parameters.items() if filled[name] != prod(shape)]

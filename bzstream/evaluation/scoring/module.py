@@ -17,15 +17,16 @@ from typing import Any
 import torch
 
 from bzstream.evaluation.rejection_codes import EvaluationError, Failure
+from bzstream.util.dtypes import DTYPES
 
-__all__ = ["DTYPES", "build_module", "ignored_names", "map_errors", "prepare_torch", "state_of"]
+__all__ = ["build_module", "ignored_names", "map_errors", "prepare_torch", "state_of", "torch_dtype"]
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
-}  # fmt: skip
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a safetensors dtype name."""
+    dtype = getattr(torch, str(DTYPES[name].torch))
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def prepare_torch() -> None:

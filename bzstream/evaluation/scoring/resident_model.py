@@ -1,17 +1,17 @@
-"""The model, loaded once, that wears each submission's experts in turn and is itself again after.
+"""Loads the model once. For each submission it swaps the submitted expert weights in, scores, and swaps them out again.
 
 Scoring by `deepcopy` and `load_state_dict` moves the whole model for every submission and holds it twice. Here a
-submission only ever touches its own slice. Its bytes go into a *staging* buffer (on CUDA through pinned memory and a
-side stream, while the submission before it is being scored), and to put it on, each piece of the staging buffer is
-*exchanged* with the region of the parameter that it belongs to. Exchange is its own inverse: while the model wears the
-submission the staging buffer holds exactly the baseline's bytes, and taking it off is exchanging once more. So the
-model needs no second copy, not even of the slice, and the restored baseline is the baseline, bit for bit.
+submission only touches its own slice. Its bytes go into a *staging buffer* (on CUDA through pinned memory and a side
+stream, while the submission before it is being scored). To swap it in, each binding of the staging buffer is
+*exchanged* with its region of a parameter. Exchange is its own inverse: while the submission is swapped in, the staging
+buffer holds exactly the baseline's bytes, and swapping it out is exchanging once more. So the model needs no second
+copy, not even of the slice, and the restored baseline is the baseline, bit for bit.
 
-If anything fails between the two exchanges (out of memory, a device error, cancellation), which bytes lie where is no
-longer certain; then the group is read again from the snapshot's files. If even that fails the model says that it is
-not `is_baseline`, and whoever owns it loads it anew.
+If anything fails between the two exchanges (out of memory, a device error, cancellation), it is no longer certain which
+bytes lie where; then the group is read again from the snapshot's files. If even that fails, `is_baseline` stays False
+and the owner of the model loads it anew.
 
-Memory: the model, two staging buffers (one worn, one being filled), one expert's row of scratch.
+Memory: the model, two staging buffers (one swapped in, one being filled), one expert's row of scratch.
 All methods that touch parameters belong to one thread at a time; `stage` may run in another beside it.
 """
 
@@ -29,12 +29,12 @@ import torch
 from numpy.typing import NDArray
 
 from bzstream.evaluation.baseline import BaselineModel, UnitTensors, read_into
-from bzstream.evaluation.reading.layout import TensorSpec
-from bzstream.evaluation.reading.ptfile import ITEM_SIZES, TensorLocation
+from bzstream.evaluation.reading.specs import TensorLocation, TensorSpec, item_size
 from bzstream.evaluation.rejection_codes import EvaluationError, Failure, ModelClosed, Refusal
 from bzstream.evaluation.scoring.bindings import Binding, bind, missing
-from bzstream.evaluation.scoring.losses import SKETCH, derive
-from bzstream.evaluation.scoring.module import DTYPES, build_module, ignored_names, map_errors, state_of
+from bzstream.evaluation.scoring.copies import SKETCH
+from bzstream.evaluation.scoring.losses import derive
+from bzstream.evaluation.scoring.module import build_module, ignored_names, map_errors, state_of, torch_dtype
 from bzstream.evaluation.scoring.staging import CHUNK, fill, layout, memory_of
 from bzstream.model.naming import expert_name
 
@@ -52,7 +52,7 @@ class _Buffer(NamedTuple):
 
 
 class Staged:
-    """A submission's slice in the published dtypes, ready to be worn. `close()` gives its buffer back."""
+    """A submission's slice in the published dtypes, ready to be swapped in. `close()` gives its buffer back."""
 
     def __init__(self, group: int, views: Sequence[torch.Tensor], weights: str, give_back: Callable[[], None]) -> None:
         self.group = group
@@ -74,28 +74,28 @@ class ResidentModel:
     Raises EvaluationError from the constructor when the config's model and the published tensors do not fit.
     """
 
-    def __init__(self, published: BaselineModel, *, device: str, factory: str | None = None) -> None:
+    def __init__(self, baseline: BaselineModel, *, device: str, factory: str | None = None) -> None:
         """`device`: a torch device; `factory`: `module:function` that takes the config (a dict) and gives the model."""
-        self.published = published
+        self.baseline = baseline
         self.device = torch.device(device)
         self.is_baseline = False
         """Whether every parameter is the baseline's (outside of `swapped_in`)."""
         self._cuda = self.device.type == "cuda"
-        full = published.full
+        full = baseline.full
         with map_errors():
-            self.module = build_module(published.config, _expert_dtype(published), self.device, factory)
+            self.module = build_module(baseline.config, _expert_dtype(baseline), self.device, factory)
             self._regions = {name: value.detach() for name, value in state_of(self.module).items()}
             shapes = {name: tuple(value.shape) for name, value in self._regions.items()}
             ignored = ignored_names(self.module)
-            self._full = bind(full.specs, shapes, square_is_native=published.square_is_native, ignored=ignored)
+            self._full = bind(full.specs, shapes, square_is_native=baseline.square_is_native, ignored=ignored)
             unfilled = missing(self._full, shapes)
             if unfilled:
                 raise EvaluationError(
-                    f"version {published.version} does not fill the model's parameter {unfilled[0]!r} (and "
+                    f"version {baseline.version} does not fill the model's parameter {unfilled[0]!r} (and "
                     f"{len(unfilled) - 1} more); check config.json or set evaluation.model"
                 )
             self._shapes = shapes
-            self._pieces: dict[int, list[Binding]] = {}
+            self._bindings: dict[int, list[Binding]] = {}
             self._buffers: list[_Buffer] = []
             self._free: list[_Buffer] = []
             self._changed = threading.Condition()
@@ -109,7 +109,7 @@ class ResidentModel:
     @property
     def vocabulary(self) -> int:
         """Tokens that the model knows, by its config or its input embedding."""
-        config = self.published.config
+        config = self.baseline.config
         for section in (config, config.get("text_config") or {}):
             if type(section.get("vocab_size")) is int:
                 return int(section["vocab_size"])
@@ -120,20 +120,20 @@ class ResidentModel:
 
     # ---- Loading and checking -----------------------------------------------------------------------------------
 
-    def _load(self, unit: UnitTensors, pieces: Sequence[Binding]) -> None:
-        """Copy published bytes into the parameters, piece by piece, through at most `CHUNK` of host memory."""
-        for piece, region, offset, spec in self._walk(unit, pieces):
-            dtype = DTYPES[spec.dtype]
+    def _load(self, unit: UnitTensors, bindings: Sequence[Binding]) -> None:
+        """Copy published bytes into the parameters, one by one, through at most `CHUNK` of host memory."""
+        for binding, region, offset, spec in self._walk(unit, bindings):
+            dtype = torch_dtype(spec.dtype)
             direct = region.device.type == "cpu" and region.dtype == dtype
             if direct and region.is_contiguous():
                 read_into(unit.payload, offset, memory_of(region))
-            elif region.is_contiguous() and not piece.transposed:
+            elif region.is_contiguous() and not binding.transposed:
                 flat = region.view(-1)
-                step = CHUNK // ITEM_SIZES[spec.dtype]
+                step = CHUNK // item_size(spec.dtype)
                 for start in range(0, flat.numel(), step):
                     aim = flat[start : start + step]
                     host = torch.empty(aim.numel(), dtype=dtype, pin_memory=self._cuda)
-                    read_into(unit.payload, offset + start * ITEM_SIZES[spec.dtype], memory_of(host))
+                    read_into(unit.payload, offset + start * item_size(spec.dtype), memory_of(host))
                     aim.copy_(host)
             else:
                 host = torch.empty(region.shape, dtype=dtype, pin_memory=self._cuda)
@@ -143,42 +143,42 @@ class ResidentModel:
     def differing(self) -> list[str]:
         """Parameters that are not the published ones bit for bit; [] when all are. Reads the whole model."""
         found: dict[str, None] = {}
-        for piece, region, offset, spec in self._walk(self.published.full, self._full):
-            host = torch.empty(region.shape, dtype=DTYPES[spec.dtype])
-            read_into(self.published.full.payload, offset, memory_of(host))
+        for binding, region, offset, spec in self._walk(self.baseline.full, self._full):
+            host = torch.empty(region.shape, dtype=torch_dtype(spec.dtype))
+            read_into(self.baseline.full.payload, offset, memory_of(host))
             expected = host.to(region.dtype).contiguous()
             if bytes(memory_of(region.cpu().contiguous())) != bytes(memory_of(expected)):
-                found[piece.parameter] = None
+                found[binding.parameter] = None
         return list(found)
 
     def _walk(
-        self, unit: UnitTensors, pieces: Sequence[Binding]
+        self, unit: UnitTensors, bindings: Sequence[Binding]
     ) -> Iterator[tuple[Binding, torch.Tensor, int, TensorSpec]]:
-        """Each piece with its region of the parameter (in the published orientation) and its byte in the payload."""
-        for piece in pieces:
-            spec = unit.specs[piece.tensor]
-            row = 0 if piece.row is None else piece.row * (spec.nbytes // max(1, spec.shape[0]))
-            yield piece, self._region(piece), unit.offsets[piece.tensor] + row, spec
+        """Each binding with its region of the parameter (in the published orientation) and its byte in the payload."""
+        for binding in bindings:
+            spec = unit.specs[binding.tensor]
+            row = 0 if binding.row is None else binding.row * (spec.nbytes // max(1, spec.shape[0]))
+            yield binding, self._region(binding), unit.offsets[binding.tensor] + row, spec
 
-    def _region(self, piece: Binding) -> torch.Tensor:
-        region = self._regions[piece.parameter]
-        if piece.expert is not None:
-            region = region[piece.expert]
-        if piece.span is not None:
-            region = region[piece.span[0] : piece.span[1]]
-        return region.transpose(-1, -2) if piece.transposed else region
+    def _region(self, binding: Binding) -> torch.Tensor:
+        region = self._regions[binding.parameter]
+        if binding.expert is not None:
+            region = region[binding.expert]
+        if binding.span is not None:
+            region = region[binding.span[0] : binding.span[1]]
+        return region.transpose(-1, -2) if binding.transposed else region
 
-    def pieces(self, group: int) -> list[Binding]:
+    def bindings(self, group: int) -> list[Binding]:
         """Where a group's slice lies. Raises EvaluationError when it does not fit, Failure `unknown_group`."""
-        if group not in self._pieces:
-            unit = self.published.group(group)
-            pieces = bind(unit.specs, self._shapes, rows=unit.rows, square_is_native=self.published.square_is_native)
-            for piece in pieces:
-                spec = unit.specs[piece.tensor]
-                if self._regions[piece.parameter].dtype != DTYPES[spec.dtype]:
+        if group not in self._bindings:
+            unit = self.baseline.group(group)
+            bindings = bind(unit.specs, self._shapes, rows=unit.rows, square_is_native=self.baseline.square_is_native)
+            for binding in bindings:
+                spec = unit.specs[binding.tensor]
+                if self._regions[binding.parameter].dtype != torch_dtype(spec.dtype):
                     raise EvaluationError(f"{spec.name!r} is published as {spec.dtype}, unlike the model's parameter")
-            self._pieces[group] = pieces
-        return self._pieces[group]
+            self._bindings[group] = bindings
+        return self._bindings[group]
 
     # ---- Staging ------------------------------------------------------------------------------------------------
 
@@ -187,8 +187,8 @@ class ResidentModel:
 
         `locations`: as `sandbox.Reader.read` returned it for this group. Raises Failure.
         """
-        unit = self.published.group(group)
-        self.pieces(group)
+        unit = self.baseline.group(group)
+        self.bindings(group)
         starts, size = layout(unit.specs)
         with map_errors():
             buffer = self._take(size)
@@ -198,7 +198,7 @@ class ResidentModel:
                 else:
                     weights = fill(fd, locations, unit.specs, starts, buffer.data)
                 views = [
-                    buffer.data[start : start + spec.nbytes].view(DTYPES[spec.dtype]).view(spec.shape)
+                    buffer.data[start : start + spec.nbytes].view(torch_dtype(spec.dtype)).view(spec.shape)
                     for start, spec in zip(starts, unit.specs, strict=True)
                 ]
                 return Staged(group, views, weights, lambda: self._release(buffer))
@@ -251,23 +251,23 @@ class ResidentModel:
             self._free.append(buffer)
             self._changed.notify()
 
-    # ---- Wearing and scoring --------------------------------------------------------------------------------------
+    # ---- Swapping in and scoring ----------------------------------------------------------------------------------
 
     @contextmanager
     def swapped_in(self, staged: Staged) -> Iterator[None]:
-        """The model with the submission's experts inside the block, and the baseline's before and after it.
+        """The model has the submission's experts inside the block, and the baseline's before and after it.
 
-        When the block raises, what was staged is spent: its buffer may hold either side's bytes.
+        When the block raises, `staged` cannot be used again: its buffer may hold either side's bytes.
         """
         if not self.is_baseline:
             raise Failure("internal_error", "the model is not the baseline; load it again")
-        pieces = self.pieces(staged.group)
+        bindings = self.bindings(staged.group)
         self.is_baseline = False
         try:
             with map_errors(), torch.inference_mode():
-                self._exchange(pieces, staged)
+                self._exchange(bindings, staged)
                 yield
-                self._exchange(pieces, staged)
+                self._exchange(bindings, staged)
                 if self._cuda:
                     torch.cuda.current_stream(self.device).synchronize()
             self.is_baseline = True
@@ -280,15 +280,15 @@ class ResidentModel:
             if self._cuda:
                 torch.cuda.synchronize(self.device)
                 torch.cuda.empty_cache()
-            self._load(self.published.group(group), self.pieces(group))
+            self._load(self.baseline.group(group), self.bindings(group))
         self.is_baseline = True
 
-    def _exchange(self, pieces: Sequence[Binding], staged: Staged) -> None:
+    def _exchange(self, bindings: Sequence[Binding], staged: Staged) -> None:
         scratch: torch.Tensor | None = None
-        for piece in pieces:
-            region = self._region(piece)
-            view = staged.views[piece.tensor]
-            theirs = view if piece.row is None else view[piece.row]
+        for binding in bindings:
+            region = self._region(binding)
+            view = staged.views[binding.tensor]
+            theirs = view if binding.row is None else view[binding.row]
             if scratch is None or scratch.dtype != region.dtype or scratch.numel() < region.numel():
                 scratch = torch.empty(region.numel(), dtype=region.dtype, device=self.device)
             kept = scratch[: region.numel()].view(region.shape)
@@ -341,7 +341,7 @@ class ResidentModel:
     def sketch(self, staged: Staged, seed: str) -> tuple[float, ...]:
         """The count sketch (`scoring`) of the submission's change to the baseline; `SKETCH` finite numbers.
 
-        Call it while the model does *not* wear the submission. Raises Refusal `non_finite` when the change is not
+        Call it while the submission is *not* swapped in. Raises Refusal `non_finite` when the change is not
         finite in float32.
         """
         raw = np.random.Philox(key=derive("bzstream-sketch-1", seed) % (1 << 128)).random_raw(_TILE // 64)
@@ -350,10 +350,10 @@ class ResidentModel:
             signs = torch.from_numpy(np.tile(bits * 2 - 1, 2)).to(self.device)
             total = torch.zeros(SKETCH, dtype=torch.float64, device=self.device)
             tile = 0
-            for piece in self.pieces(staged.group):
-                view = staged.views[piece.tensor]
-                theirs = view if piece.row is None else view[piece.row]
-                ours = self._region(piece)
+            for binding in self.bindings(staged.group):
+                view = staged.views[binding.tensor]
+                theirs = view if binding.row is None else view[binding.row]
+                ours = self._region(binding)
                 if not ours.dtype.is_floating_point:
                     continue
                 # Both in the published order of elements, so that the model's layout does not matter.
@@ -393,9 +393,9 @@ def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return losses.double().sum()
 
 
-def _expert_dtype(published: BaselineModel) -> torch.dtype:
+def _expert_dtype(baseline: BaselineModel) -> torch.dtype:
     """The dtype of the experts is the model's: they are what is trained and exchanged."""
-    for spec in published.full.specs:
-        if expert_name(spec.name) is not None and DTYPES[spec.dtype].is_floating_point:
-            return DTYPES[spec.dtype]
-    raise EvaluationError(f"version {published.version} has no expert tensors of a floating-point dtype")
+    for spec in baseline.full.specs:
+        if expert_name(spec.name) is not None and torch_dtype(spec.dtype).is_floating_point:
+            return torch_dtype(spec.dtype)
+    raise EvaluationError(f"version {baseline.version} has no expert tensors of a floating-point dtype")

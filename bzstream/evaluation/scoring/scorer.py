@@ -7,12 +7,14 @@ batches through the same kernels, and takes it off.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from numpy.typing import NDArray
 
 from bzstream.config import EvaluationSettings
 from bzstream.evaluation.baseline import BaselineModel
-from bzstream.evaluation.reading.ptfile import TensorLocation
+from bzstream.evaluation.reading.specs import TensorLocation
 from bzstream.evaluation.records import Evaluation
 from bzstream.evaluation.rejection_codes import Failure, Refusal
 from bzstream.evaluation.scoring.data import Tokens, load_tokens
@@ -30,6 +32,9 @@ from bzstream.evaluation.scoring.module import prepare_torch
 from bzstream.evaluation.scoring.resident_model import ResidentModel, Staged
 
 __all__ = ["ScoredSubmission", "Scorer", "versions"]
+
+_STEPS = ("baseline", "sketch", "swap_in", "loss", "swap_out")
+"""What takes the time of a score, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,7 @@ class ScoredSubmission:
 
 @dataclass(frozen=True, slots=True)
 class _RoundData:
-    """What all submissions that are judged by one seed share."""
+    """What all submissions that are scored with one seed share."""
 
     seed: str
     windows: tuple[int, ...]
@@ -55,11 +60,11 @@ class _RoundData:
 class Scorer:
     """A model version on a device, with the data. Raises EvaluationError when they do not fit each other."""
 
-    def __init__(self, published: BaselineModel, settings: EvaluationSettings, *, device: str, cache: Path) -> None:
-        """`published` stays the caller's, who closes it after the judge; `cache`: folder for encoded text."""
+    def __init__(self, baseline: BaselineModel, settings: EvaluationSettings, *, device: str, cache: Path) -> None:
+        """The caller closes `baseline`, after the scorer; `cache`: folder for encoded text."""
         prepare_torch()
         self.settings = settings
-        self.model = ResidentModel(published, device=device, factory=settings.model)
+        self.model = ResidentModel(baseline, device=device, factory=settings.model)
         self._round: _RoundData | None = None
         try:
             self.tokens = _tokens(settings, self.model.vocabulary, cache)
@@ -69,13 +74,13 @@ class Scorer:
 
     @property
     def version(self) -> str:
-        return self.model.published.version
+        return self.model.baseline.version
 
     def close(self) -> None:
         self.model.close()
 
     def stage(self, fd: int, locations: Sequence[TensorLocation], group: int) -> Staged:
-        """A checked file's weights, ready to be judged; may run beside `judge` in another thread. Raises Failure."""
+        """A checked file's weights, ready for `score`; may run beside it in another thread. Raises Failure."""
         return self.model.stage(fd, locations, group)
 
     def score(
@@ -94,34 +99,37 @@ class Scorer:
         Raises Refusal `non_finite`, `non_finite_loss`, Failure, InterruptedError on cancellation. The model is
         the baseline after.
         """
-        start = time.monotonic()
-        deadline = start + self.settings.score_timeout_s
+        times = [time.monotonic()]
+        deadline = times[0] + self.settings.score_timeout_s
+
+        def lap() -> None:
+            times.append(time.monotonic())
+
         try:
-            this = self._for(seed, deadline, cancelled)
-            ready = time.monotonic()
+            this = self._round_data(seed, deadline, cancelled)
+            lap()
             sketch = self.model.sketch(staged, seed)
-            sketched = time.monotonic()
+            lap()
             with self.model.swapped_in(staged):
-                worn = time.monotonic()
+                lap()
                 losses = self._losses(this.tokens, deadline, cancelled)
-                scored = time.monotonic()
-            restored = time.monotonic()
-            weights = staged.weights
+                lap()
+            lap()
         finally:
             staged.close()
         loss = mean_loss(losses, self.settings.window_tokens) if len(losses) == len(this.windows) else None
         if loss is None:
             raise Refusal("non_finite_loss", "the loss is not finite on some windows of the evaluation data")
-        published = self.model.published
+        baseline = self.model.baseline
         evaluation = Evaluation(
             submission_id=submission_id,
             round=round_,
             group=staged.group,
             model_version=self.version,
-            model_hash=published.full.content_hash,
-            slice_hash=published.group(staged.group).content_hash,
+            model_hash=baseline.full.content_hash,
+            slice_hash=baseline.group(staged.group).content_hash,
             file_hash=file_hash,
-            weights=weights,
+            weights=staged.weights,
             seed=seed,
             data=self.tokens.name,
             tokens_hash=this.tokens_hash,
@@ -136,14 +144,8 @@ class Scorer:
             device=_device_name(self.model.device),
             threads=torch.get_num_threads(),
             versions=versions(),
-            seconds={
-                "baseline": ready - start,
-                "sketch": sketched - ready,
-                "swap_in": worn - sketched,
-                "loss": scored - worn,
-                "swap_out": restored - scored,
-                "total": restored - (start if began is None else began),
-            },
+            seconds=dict(zip(_STEPS, (b - a for a, b in pairwise(times)), strict=True))
+            | {"total": times[-1] - (times[0] if began is None else began)},
         )
         return ScoredSubmission(evaluation, sketch)
 
@@ -151,7 +153,7 @@ class Scorer:
         batch = self.settings.batch
         return self.model.window_losses(tokens, batch=batch, deadline=deadline, cancelled=cancelled)
 
-    def _for(self, seed: str, deadline: float, cancelled: Callable[[], bool]) -> _RoundData:
+    def _round_data(self, seed: str, deadline: float, cancelled: Callable[[], bool]) -> _RoundData:
         if self._round is None or self._round.seed != seed:
             self._round = None
             settings = self.settings
@@ -185,12 +187,8 @@ def _device_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """The libraries that a bit-identical repeat needs to be the same."""
-    found: dict[str, str] = {"bzstream": metadata.version("bzstream"), "python": platform.python_version()}
-    found["torch"] = str(torch.__version__)
-    found["numpy"] = np.__version__
-    try:
-        import transformers
-    except ImportError:
-        return found
-    found["transformers"] = str(transformers.__version__)
+    found = {"bzstream": metadata.version("bzstream"), "python": platform.python_version()}
+    found |= {"torch": str(torch.__version__), "numpy": np.__version__}
+    with contextlib.suppress(metadata.PackageNotFoundError):  # a model of the validator's own needs none
+        found["transformers"] = metadata.version("transformers")
     return found

@@ -7,16 +7,15 @@ file they came in.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
 from blake3 import blake3
 
-from bzstream.evaluation.reading.layout import TensorSpec
-from bzstream.evaluation.reading.ptfile import ITEM_SIZES, TensorLocation
+from bzstream.evaluation.reading.specs import TensorLocation, TensorSpec, item_size
 from bzstream.evaluation.rejection_codes import Failure
-from bzstream.evaluation.scoring.module import DTYPES
+from bzstream.evaluation.scoring.module import torch_dtype
+from bzstream.util.files import read_fully
 
 __all__ = ["CHUNK", "fill", "layout", "memory_of"]
 
@@ -57,24 +56,20 @@ def fill(
                 _read(fd, source.offset + at, piece)
                 hasher.update(piece)
             continue
-        target = host[start : start + aim.nbytes].view(DTYPES[aim.dtype])
-        step = CHUNK // ITEM_SIZES[source.dtype]
+        target = host[start : start + aim.nbytes].view(torch_dtype(aim.dtype))
+        step = CHUNK // item_size(source.dtype)
         for first in range(0, target.numel(), step):
             piece_of = target[first : first + step]
-            raw = torch.empty(piece_of.numel(), dtype=DTYPES[source.dtype])
-            _read(fd, source.offset + first * ITEM_SIZES[source.dtype], memory_of(raw))
+            raw = torch.empty(piece_of.numel(), dtype=torch_dtype(source.dtype))
+            _read(fd, source.offset + first * item_size(source.dtype), memory_of(raw))
             piece_of.copy_(raw)
             hasher.update(memory_of(piece_of))
     return hasher.hexdigest()
 
 
 def _read(fd: int, offset: int, target: memoryview) -> None:
-    done = 0
-    while done < len(target):
-        try:
-            count = os.preadv(fd, [target[done:]], offset + done)
-        except OSError as error:
-            raise Failure("spool_error", f"the spooled file cannot be read: {error.strerror}") from None
-        if count == 0:
+    try:
+        if read_fully(fd, target, offset) < len(target):
             raise Failure("spool_error", "the spooled file was cut")
-        done += count
+    except OSError as error:
+        raise Failure("spool_error", f"the spooled file cannot be read: {error.strerror}") from None
