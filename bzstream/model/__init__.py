@@ -1,6 +1,6 @@
 """Checkpoints to snapshots: expert map, slicing, hashing, units. Knows nothing of HTTP.
 
-May import: `payload`, `tensorfile`, `config`, `errors`. What publishing needs beyond that (numpy, blake3, yaml) is
+May import: `payload`, `tensorfile`, `util`, `errors`. What publishing needs beyond that (numpy, blake3, yaml) is
 imported when `publish` or `publish_state_dict` is first used, so that a worker that only serves does not pay for it.
 """
 
@@ -20,7 +20,8 @@ from bzstream.model.errors import (
     VersionExists,
 )
 from bzstream.model.record import ManifestSigner
-from bzstream.model.snapshot_cache import Snapshot, SnapshotCache, Unit, open_snapshot
+from bzstream.model.snapshot import Snapshot, Unit, open_snapshot
+from bzstream.model.snapshot_cache import SnapshotCache
 
 if TYPE_CHECKING:
     from bzstream.model.publishing import Publication, PublishedUnit, publish, publish_state_dict

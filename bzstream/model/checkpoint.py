@@ -1,9 +1,10 @@
-"""What is published: a checkpoint folder as Hugging Face writes it, or a state dict in memory, behind one face.
+"""What is published: a checkpoint folder as Hugging Face writes it, or a state dict in memory, behind one interface.
 
-A folder holds `model.safetensors`, or `model.safetensors.index.json` with the shards it names, and `config.json`.
-Everything is checked before a byte is copied: every shard that the index names is there, every head is exact
-(`tensorfile`), index and shards name the same tensors, and no tensor is in two shards. Both forms at once are
-refused: one of them is a leftover of an earlier save, and publishing the wrong one would be silent.
+A folder holds `model.safetensors`, or `model.safetensors.index.json` with the files it names, and `config.json`.
+Everything is checked before a byte is copied: every file that the index names is there, every head is exact
+(`tensorfile`), index and files name the same tensors, and no tensor is in two files. A `model.safetensors` that an
+index does not name is refused: one of the two is a leftover of an earlier save, and publishing the wrong one would be
+silent.
 
 Sources are read through open descriptors, and each file's identity, size and modification time are compared when
 all is read: a checkpoint that a trainer wrote to meanwhile is not published.
@@ -11,18 +12,18 @@ all is read: a checkpoint that a trainer wrote to meanwhile is not published.
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol
 
 from bzstream.model.errors import BadCheckpoint, SourceChanged
 from bzstream.model.naming import TensorInfo
+from bzstream.model.small_files import CONFIG, parse_config, read_json_object, read_small_files
 from bzstream.tensorfile import Tensor, TensorFileError, read_head
+from bzstream.util.files import file_stamp, read_fully, stamp_of
 
 __all__ = ["Checkpoint", "FileSource", "Place", "Source", "open_folder"]
 
@@ -54,12 +55,25 @@ class Place(NamedTuple):
     offset: int
 
 
-class Checkpoint:
-    """All tensors of a model and where their bytes are; a context manager that closes its sources."""
+class Checkpoint(ExitStack):
+    """All tensors of a model and where their bytes are; a context manager that closes its sources.
 
-    def __init__(self, sources: Iterable[Source], config: Mapping[str, Any] | None) -> None:
+    `files` are the small files, name -> content; `left_out` names those for which a snapshot has no room. `config` is
+    what config.json says, None without one. `metadata` is what the sources' heads say beyond tensors, such as the
+    names of tensors that are tied to others and therefore not stored (`{"lm_head.weight": "model.embed…weight"}`).
+    """
+
+    def __init__(
+        self, sources: Iterable[Source], files: Mapping[str, bytes] | None = None, left_out: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__()
         self.sources = tuple(sources)
-        self.config = config
+        for source in self.sources:
+            self.callback(source.close)
+        self.files = files or {}
+        self.left_out = left_out
+        self.config: Mapping[str, Any] | None = None
+        self.metadata: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self.places: dict[str, Place] = {}
 
@@ -82,15 +96,6 @@ class Checkpoint:
         for source in self.sources:
             source.check()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for source in self.sources:
-            source.close()
-
 
 class FileSource:
     """A file of the checkpoint, open for reading. Raises BadCheckpoint when it is missing or no regular file."""
@@ -98,33 +103,26 @@ class FileSource:
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
         try:
-            # Without O_NONBLOCK the opening of a named pipe would wait for its writer for ever.
+            # Without O_NONBLOCK, opening a named pipe would wait for its writer for ever.
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise BadCheckpoint(f"{path} cannot be read: {error.strerror}") from None
-        self._status = _identity(os.fstat(self.fd))
-        if not stat.S_ISREG(os.fstat(self.fd).st_mode):
+        status = os.fstat(self.fd)
+        self._stamp = stamp_of(status)
+        if not stat.S_ISREG(status.st_mode):
             self.close()
             raise BadCheckpoint(f"{path} is not a regular file")
 
     def read_into(self, offset: int, into: memoryview) -> None:
-        while into:
-            try:
-                count = os.preadv(self.fd, [into], offset)
-            except OSError as error:
-                raise SourceChanged(f"{self.path} cannot be read any more: {error.strerror}") from None
-            if count == 0:
-                raise SourceChanged(
-                    f"{self.path} was cut while it was being published; publish again when it is complete"
-                )
-            into, offset = into[count:], offset + count
+        try:
+            count = read_fully(self.fd, into, offset)
+        except OSError as error:
+            raise SourceChanged(f"{self.path} cannot be read any more: {error.strerror}") from None
+        if count < len(into):
+            raise SourceChanged(f"{self.path} was cut while it was being published; publish again when it is complete")
 
     def check(self) -> None:
-        try:
-            same = _identity(os.fstat(self.fd)) == self._status == _identity(os.stat(self.path))
-        except OSError:
-            same = False
-        if not same:
+        if not file_stamp(self.fd) == self._stamp == file_stamp(self.path):
             raise SourceChanged(
                 f"{self.path} was changed while it was being published; publish again when it is complete"
             )
@@ -139,20 +137,22 @@ def open_folder(folder: Path) -> Checkpoint:
         raise BadCheckpoint(
             f"{folder} is not a folder; give the folder that holds config.json and the .safetensors files"
         )
-    config = _read_json(folder / "config.json") if (folder / "config.json").exists() else None
     single, index = (folder / SINGLE).exists(), (folder / INDEX).exists()
-    if single and index:
-        raise BadCheckpoint(f"{folder} has both {SINGLE} and {INDEX}; remove the one that is out of date")
     if not single and not index:
         raise BadCheckpoint(f"{folder} has neither {SINGLE} nor {INDEX}; only safetensors checkpoints are published")
     expected = _weight_map(folder / INDEX) if index else None
     names = sorted(set(expected.values())) if expected is not None else [SINGLE]
+    if single and SINGLE not in names:
+        raise BadCheckpoint(f"{folder} has a {SINGLE} that {INDEX} does not name; remove the one that is out of date")
+    files, left_out = read_small_files(folder)
     with ExitStack() as cleanup:
         sources: list[FileSource] = []
         for name in names:
             sources.append(FileSource(folder / name))
             cleanup.callback(sources[-1].close)
-        checkpoint = Checkpoint(sources, config)
+        checkpoint = Checkpoint(sources, files, left_out)
+        if CONFIG in files:
+            checkpoint.config = parse_config(files[CONFIG], folder / CONFIG)
         for number, source in enumerate(sources):
             try:
                 head = read_head(source.fd, max_head=MAX_SOURCE_HEAD)
@@ -160,6 +160,7 @@ def open_folder(folder: Path) -> Checkpoint:
                 text = error.strerror if isinstance(error, OSError) else str(error)
                 raise BadCheckpoint(f"{source.path} is damaged or incomplete: {text}") from None
             checkpoint.add(number, head.tensors, head.data_start)
+            checkpoint.metadata = {**head.metadata, **checkpoint.metadata}
         if expected is not None:
             _compare_with_index(checkpoint, expected)
         if not checkpoint.size:
@@ -168,13 +169,9 @@ def open_folder(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
 def _weight_map(path: Path) -> dict[str, str]:
     """Tensor -> shard, by the index."""
-    found = _read_json(path).get("weight_map")
+    found = read_json_object(path).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise BadCheckpoint(f"{path} has no weight_map")
     for tensor, shard in found.items():
@@ -191,28 +188,3 @@ def _compare_with_index(checkpoint: Checkpoint, expected: Mapping[str, str]) -> 
     for name, place in checkpoint.places.items():
         if name not in expected:
             raise BadCheckpoint(f"the tensor {name} of {checkpoint.sources[place.source].name} is not in {INDEX}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise BadCheckpoint(f"{path} holds the key {key!r} twice")
-            found[key] = value
-        return found
-
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_SOURCE_HEAD + 1)
-    except OSError as error:
-        raise BadCheckpoint(f"{path} cannot be read: {error.strerror}") from None
-    if len(content) > MAX_SOURCE_HEAD:
-        raise BadCheckpoint(f"{path} is larger than {MAX_SOURCE_HEAD} bytes")
-    try:
-        document = json.loads(content.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise BadCheckpoint(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise BadCheckpoint(f"{path} is not a JSON object")
-    return document

@@ -1,13 +1,13 @@
 """Looking at a store or a file from outside: what is in it, and whether every byte is still what was published.
 
-Verifying reads everything and trusts nothing: a record against its own checksum, each unit file against its SHA-256
-and chunks, each full view against its hash. A file that several versions share by hard links is read once.
+Verifying reads everything and trusts nothing: a record against its own checksum, each small file against its SHA-256,
+each unit file against its SHA-256 and chunks, each full view against its hash. A file that several versions share by
+hard links is read once.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import struct
 from collections.abc import Callable
@@ -20,9 +20,11 @@ from typing import Any
 from bzstream.model.digest import BLOCK, CHUNK, ChunkHasher, Digest, digest_file
 from bzstream.model.errors import ModelError, StoreDamaged
 from bzstream.model.hash_pool import HashPool, SerialQueue
-from bzstream.model.record import SnapshotRecord, UnitRecord, read_record
+from bzstream.model.record import FILES, FileRecord, SnapshotRecord, UnitRecord, read_record
 from bzstream.model.store import Store
 from bzstream.tensorfile import Head, TensorFileError, read_head
+from bzstream.util.files import hash_file
+from bzstream.util.strict_json import JsonError, parse_json_object
 
 __all__ = ["FileReport", "Finding", "StoreReport", "inspect_file", "inspect_store", "verify_store"]
 
@@ -70,7 +72,7 @@ class FileReport:
 
 
 def inspect_store(path: Path) -> StoreReport:
-    """Read every record; unit files are only looked up. Raises ModelError when `path` is no store."""
+    """Read every record and small file; unit files are only looked up. Raises ModelError when `path` is no store."""
     store = Store(path)
     if not store.snapshots.is_dir():
         raise ModelError(f"{path} is no store: it has no folder 'snapshots'; publish a checkpoint into it first")
@@ -84,12 +86,14 @@ def inspect_store(path: Path) -> StoreReport:
             continue
         records.append(record)
         findings += [Finding(version, unit.label, p) for unit in record.units if (p := _missing(store, version, unit))]
+        findings += [
+            Finding(version, f"{FILES}/{file.name}", p) for file in record.files if (p := _wrong(store, version, file))
+        ]
     current = store.current()
-    if current not in store.versions():
-        problem = "nothing was published yet" if current is None else f"current points to {current}, which is not there"
+    if problem := store.problem() or ("nothing was published yet" if current is None else None):
         findings.append(Finding(current or "", "current", problem))
     leftovers = sorted(n for folder in (path, store.snapshots) for n in os.listdir(folder) if _is_leftover(n))
-    records.sort(key=lambda record: record.sequence, reverse=True)
+    records.sort(key=lambda record: store.activation(record).sequence, reverse=True)
     return StoreReport(current, tuple(records), tuple(findings), tuple(leftovers))
 
 
@@ -166,6 +170,15 @@ def _missing(store: Store, version: str, unit: UnitRecord) -> str | None:
     return None if size == unit.size else f"{unit.file} has {size} bytes instead of {unit.size}"
 
 
+def _wrong(store: Store, version: str, file: FileRecord) -> str | None:
+    """What is wrong with a small file."""
+    try:
+        same = hash_file(store.folder(version) / FILES / file.name) == file.sha256
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None if same else "does not have the published hash"
+
+
 def _verify_file(
     store: Store, owners: list[tuple[str, UnitRecord]], findings: list[Finding], seen: Callable[[int], None]
 ) -> None:
@@ -226,9 +239,8 @@ def _read_envelope(fd: int) -> tuple[dict[str, Any] | None, int]:
     if not 0 < length <= 64 * 1024:
         return None, 0
     try:
-        document = json.loads(os.pread(fd, length, 8))
-    except (ValueError, RecursionError):
+        document = parse_json_object(os.pread(fd, length, 8))
+    except JsonError:
         return None, 0
-    if isinstance(document, dict) and {"expert_group", "content_hash", "model_version"} <= document.keys():
-        return document, 8 + length
-    return None, 0
+    known = {"expert_group", "content_hash", "model_version"} <= document.keys()
+    return (document, 8 + length) if known else (None, 0)

@@ -3,18 +3,21 @@
 Model families name experts in two ways. *Fused*: one tensor holds all experts of a layer and its first dimension is
 the expert (`…layers.3.mlp.experts.gate_up_proj`: Qwen3-VL-MoE, gpt-oss with its biases). *Per expert*: each expert
 has tensors of its own (`…layers.3.mlp.experts.7.up_proj.weight`: Qwen3-MoE, DeepSeek;
-`…layers.3.block_sparse_moe.experts.7.w1.weight`: Mixtral). The name of the block around `experts` and the names below
-it differ between families and do not matter here, so new families, quantization scales and biases need no new code.
+`…layers.3.block_sparse_moe.experts.7.w1.weight`: Mixtral). The name of the block around `experts` (Gemma 4 has none)
+and the names below it differ between families and do not matter here, so new families, quantization scales and biases
+need no new code. Two families leave the word `experts` out: Granite MoE (`block_sparse_moe.input_linear.weight`) and
+Step 3 (`moe.gate_proj.weight`). docs/families.md lists what was tried.
 
 The pattern is anchored at both ends: `mlp.shared_experts.…` and the router `mlp.gate.…` belong to no expert, and the
 layers of a multi-token-prediction head (`mtp.layers.0.…`) are not the decoder's layers, whose numbers the expert map
-speaks of. What no pattern matches goes to the shared unit.
+speaks of. What no pattern matches goes to the shared unit, and so does what a layer's experts have in common, such as
+one scale of a quantized fused tensor. A checkpoint whose experts have names of no known form is refused.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,14 +26,22 @@ from bzstream.model.errors import BadCheckpoint
 __all__ = ["ExpertName", "Layer", "TensorInfo", "expert_count", "expert_name", "find_layers", "fused_orientation"]
 
 _NUMBER = r"(?:0|[1-9][0-9]{0,8})"
-_EXPERTS = re.compile(
-    r"(?P<block>(?:(?:model|language_model|text_model|thinker|transformer|module|decoder)\.)*"
-    rf"layers\.(?P<layer>{_NUMBER})\.[A-Za-z_]+\.experts)"
-    rf"\.(?:(?P<expert>{_NUMBER})\.)?(?P<rest>[A-Za-z_][A-Za-z0-9_.]*)"
-)
-"""The whole of an expert tensor's name. Only known wrappers of the text decoder may come before `layers`."""
+_WRAPPERS = r"(?:(?:_orig_mod|backbone|decoder|language_model|llm|model|module|text_model|thinker|transformer)\.)*"
+"""Modules that may stand around the text decoder's layers; `_orig_mod` is what torch.compile puts there."""
 
-_SEEMS = re.compile(_EXPERTS.pattern.partition("layers")[0] + r"layers\.\d+\.(?:[^.]+\.)?experts(?:\..*)?)")
+_LAYER = rf"layers\.(?P<layer>{_NUMBER})\.(?:_orig_mod\.)?"
+_NAME = r"(?!expert_\d)[A-Za-z_][A-Za-z0-9_.]*"  # expert_0, expert_1: NLLB-MoE and Switch, encoder and decoder
+_EXPERTS = re.compile(
+    rf"(?P<block>{_WRAPPERS}{_LAYER}(?:(?!self_attention)[A-Za-z_]+\.)?experts)\.(?:(?P<expert>{_NUMBER})\.)?(?P<rest>{_NAME})"
+)
+_FUSED_WITHOUT_EXPERTS = re.compile(
+    rf"(?P<block>{_WRAPPERS}{_LAYER}(?:block_sparse_moe(?=\.(?:in|out)put_linear\.)|moe(?=\.(?:gate|up|down)_proj\.)))"
+    r"\.(?P<expert>(?!))?(?P<rest>[a-z_]+\.weight)"
+)
+"""The whole of an expert tensor's name, in either form. (JetMoE's `self_attention.experts` are attention heads.)"""
+
+_SEEMS = re.compile(_WRAPPERS + r"layers\.\d+\.(?:[^.]+\.)*experts(?:\..*)?")
+"""Names of the decoder's layers that have to do with experts, whatever their form."""
 
 
 class TensorInfo(NamedTuple):
@@ -53,7 +64,10 @@ class ExpertName(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """The experts of one decoder layer: `fused` tensors, or `separate[expert]` tensors, never both."""
+    """The experts of one decoder layer: `fused` tensors, or `separate[expert]` tensors, never both.
+
+    The first dimension of a fused tensor is the expert; what the experts have in common is not among them.
+    """
 
     number: int
     experts: int
@@ -66,7 +80,7 @@ def expert_name(name: str) -> ExpertName | None:
 
     Raises BadCheckpoint for a name of the decoder's experts that follows no known form.
     """
-    found = _EXPERTS.fullmatch(name)
+    found = _EXPERTS.fullmatch(name) or _FUSED_WITHOUT_EXPERTS.fullmatch(name)
     if found is None:
         if _SEEMS.fullmatch(name):
             raise BadCheckpoint(
@@ -77,7 +91,7 @@ def expert_name(name: str) -> ExpertName | None:
     return ExpertName(found["block"], int(found["layer"]), None if expert is None else int(expert), found["rest"])
 
 
-def find_layers(tensors: Iterable[TensorInfo], config: Mapping[str, Any] | None = None) -> dict[int, Layer]:
+def find_layers(tensors: Collection[TensorInfo], config: Mapping[str, Any] | None = None) -> dict[int, Layer]:
     """Layer number -> its experts, for every decoder layer that has any.
 
     `config` is the checkpoint's config.json; what it says of the experts must agree with the tensors. Raises
@@ -100,14 +114,21 @@ def find_layers(tensors: Iterable[TensorInfo], config: Mapping[str, Any] | None 
         else:
             separate.setdefault(name.layer, {}).setdefault(name.expert, {})[name.rest] = tensor
     if not blocks:
-        raise BadCheckpoint("the checkpoint has no expert tensors; bzstream publishes mixture-of-experts models only")
-    both = sorted(fused.keys() & separate.keys())
-    if both:
-        raise BadCheckpoint(f"layer {both[0]} has fused experts and single experts at once; keep one of the two")
+        odd = next((tensor.name for tensor in tensors if "experts" in tensor.name.split(".")), None)
+        raise BadCheckpoint(
+            "the checkpoint has no expert tensors; bzstream publishes mixture-of-experts models only"
+            if odd is None
+            else f"the experts have names of no form that bzstream knows, such as {odd}; see docs/families.md"
+        )
     expected = expert_count(config)
     layers: dict[int, Layer] = {}
     for number in sorted(blocks):
-        layer = _fused(number, fused[number]) if number in fused else _separate(number, separate[number])
+        if number in separate:
+            layer = _separate(number, separate[number])
+            if any(len(tensor.shape) > 1 for tensor in fused.get(number, ())):
+                raise BadCheckpoint(f"layer {number} has fused experts and single experts at once; keep one of the two")
+        else:
+            layer = _fused(number, fused[number])
         if expected is not None and layer.experts != expected:
             raise BadCheckpoint(
                 f"layer {number} has {layer.experts} experts, but config.json says that there are {expected}"
@@ -191,16 +212,23 @@ def _prediction_layers(config: Mapping[str, Any] | None) -> range:
 
 
 def _fused(number: int, tensors: list[TensorInfo]) -> Layer:
-    counts = {tensor.shape[0] if tensor.shape else 0 for tensor in tensors}
-    count = counts.pop()
-    if counts:
+    # Weights have two dimensions at least; only where there are none do shorter ones say how many experts there are.
+    counts = {t.shape[0] for t in tensors if len(t.shape) > 1} or {t.shape[0] for t in tensors if t.shape}
+    if len(counts) > 1:
         raise BadCheckpoint(f"the fused expert tensors of layer {number} disagree on the number of experts")
+    count = counts.pop() if counts else 0
     if count == 0:
         raise BadCheckpoint(f"layer {number} has no experts: the first dimension of {tensors[0].name} is empty")
-    for tensor in tensors:
+    sliced = _sliced(tensors, count)
+    for tensor in sliced:
         if tensor.size % count:  # only dtypes of less than a byte
             raise BadCheckpoint(f"one expert of the tensor {tensor.name} is no whole number of bytes")
-    return Layer(number, count, tuple(sorted(tensors)), ())
+    return Layer(number, count, tuple(sorted(sliced)), ())
+
+
+def _sliced(tensors: Iterable[TensorInfo], count: int) -> list[TensorInfo]:
+    """The fused tensors that hold something of each expert, not a scale or a norm that all experts share."""
+    return [tensor for tensor in tensors if len(tensor.shape) > 1 or tensor.shape == (count,)]
 
 
 def _separate(number: int, experts: dict[int, dict[str, TensorInfo]]) -> Layer:

@@ -31,7 +31,7 @@ Extents = list[tuple[int, int, int]]
 
 @dataclass(frozen=True, slots=True)
 class UnitPlan:
-    """One file to write. `kind` is "shared", "partial" or "rest"; `experts` is layer -> original indices."""
+    """One file to write. `kind` is "shared", "partial" or "ungrouped"; `experts` is layer -> original indices."""
 
     kind: str
     group: int | None
@@ -108,14 +108,21 @@ class _Draft:
 
 
 def make_plan(
-    tensors: Mapping[str, TensorInfo], places: Mapping[str, Place], layers: Mapping[int, Layer], experts: ExpertMap
+    tensors: Mapping[str, TensorInfo],
+    places: Mapping[str, Place],
+    layers: Mapping[int, Layer],
+    experts: ExpertMap,
+    metadata: Mapping[str, str] | None = None,
 ) -> Plan:
-    """The plan for a map that `check_map` found to fit the layers that `find_layers` found in the tensors."""
+    """The plan for a map that `check_map` found to fit the layers that `find_layers` found in the tensors.
+
+    `metadata` is what the sources' heads say beyond tensors; the full view's head says it too.
+    """
     drafts = [_Draft("shared", None, {}, {})]
     drafts += [_Draft("partial", group, dict(experts[group]), {}) for group in sorted(experts)]
     left = {number: _left_over(layer, number, experts) for number, layer in layers.items()}
     if any(left.values()):
-        drafts.append(_Draft("rest", None, {number: indices for number, indices in left.items() if indices}, {}))
+        drafts.append(_Draft("ungrouped", None, {number: indices for number, indices in left.items() if indices}, {}))
 
     # Tensor -> its rows, a row being what goes to one place: (bytes, ((unit, row in the unit's tensor), …)).
     rows: dict[str, list[tuple[int, tuple[tuple[int, int], ...]]]] = {}
@@ -148,11 +155,13 @@ def make_plan(
             _append(runs, CopyRun(source, offset, size, targets))
             offset += size
     streamed = _streamed(runs, heads)
+    # A slice may be published as if it were a model; the full view must not call itself one.
+    kept = {key: value for key, value in (metadata or {}).items() if key not in ("expert_group", "experts")}
     units = tuple(
         UnitPlan(draft.kind, draft.group, draft.experts, head, placed, unit in streamed)
         for unit, (draft, head, placed) in enumerate(zip(drafts, heads, arranged, strict=True))
     )
-    return Plan(units, build_head(view, {"format": "pt"}), view, tuple(runs))
+    return Plan(units, build_head(view, {"format": "pt", **kept}), view, tuple(runs))
 
 
 def _left_over(layer: Layer, number: int, experts: ExpertMap) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import hashlib
 import os
 import re
 import time
@@ -14,25 +15,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from msgspec import structs
-
 from bzstream.model.checkpoint import Checkpoint, open_folder
 from bzstream.model.errors import BadExpertMap, ModelError, StoreDamaged, StoreFailed
 from bzstream.model.expert_map import ExpertMap, check_map, even_split, load_map
 from bzstream.model.naming import find_layers, fused_orientation
 from bzstream.model.plan import Plan, make_plan
 from bzstream.model.record import (
+    FILES,
     FORMAT,
+    FileRecord,
     ManifestSigner,
     SnapshotRecord,
     UnitRecord,
-    manifest_fields,
     read_record,
-    unit_envelope,
+    sign_record,
 )
 from bzstream.model.state_dict import open_state_dict
 from bzstream.model.store import Store
-from bzstream.model.write_units import Outcome, UnitOutcome, transfer
+from bzstream.model.write_units import Outcome, UnitOutcome, write_units
+from bzstream.util.durable import write_file
 
 __all__ = ["Publication", "PublishedUnit", "publish", "publish_state_dict"]
 
@@ -43,7 +44,7 @@ Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
 Experts = Path | Mapping[int, Mapping[int, Sequence[int]]]
-"""A map's file or folder, or the map itself: group -> layer -> original indices in local order."""
+"""A map's file or folder, or the map itself: group -> layer -> original indices in local request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,10 @@ class Publication:
     bytes_linked: int
     bytes_repeated: int
     """Bytes stored more than once because an expert is in several groups."""
+    files: tuple[str, ...]
+    """The checkpoint's small files that the snapshot keeps."""
+    files_left_out: tuple[str, ...]
+    """Small files for which a snapshot has no room."""
     retired: tuple[str, ...]
     seconds: float
 
@@ -138,12 +143,12 @@ def publish(
     which group trains which experts. The newest `keep` versions stay. `signer` signs the manifests. With `dry_run`
     nothing is written, not even the store's folder. Raises ModelError; what is served is then as it was.
     """
-    order = _Request(
+    request = _Request(
         block=block, version=version, experts=experts, groups=groups, keep=keep, signer=signer, progress=progress,
         dry_run=dry_run,
     )  # fmt: skip
     with open_folder(source) as checkpoint:
-        return _publish(checkpoint, Store(store), order)
+        return _publish(checkpoint, Store(store), request)
 
 
 def publish_state_dict(
@@ -165,73 +170,77 @@ def publish_state_dict(
     `config` is what config.json would hold (`model.config.to_dict()`). The tensors must not change meanwhile: unlike
     a file's, their change cannot be noticed. Contiguous CPU tensors are read in place; others are copied one by one.
     """
-    order = _Request(
+    request = _Request(
         block=block, version=version, experts=experts, groups=groups, keep=keep, signer=signer, progress=progress,
         dry_run=dry_run,
     )  # fmt: skip
     with open_state_dict(tensors, config) as checkpoint:
-        return _publish(checkpoint, Store(store), order)
+        return _publish(checkpoint, Store(store), request)
 
 
-def _publish(checkpoint: Checkpoint, store: Store, order: _Request) -> Publication:
+def _publish(checkpoint: Checkpoint, store: Store, request: _Request) -> Publication:
     started = time.monotonic()
     layers = find_layers(checkpoint.tensors.values(), checkpoint.config)
     orientation = fused_orientation(layers, checkpoint.config)
-    experts = order.expert_map({number: layer.experts for number, layer in layers.items()})
-    plan = make_plan(checkpoint.tensors, checkpoint.places, layers, experts)
+    experts = request.expert_map({number: layer.experts for number, layer in layers.items()})
+    plan = make_plan(checkpoint.tensors, checkpoint.places, layers, experts, checkpoint.metadata)
     done = 0
 
     def report(count: int) -> None:
         nonlocal done
         done += count
-        if order.progress is not None:
-            order.progress(done, plan.size)
+        if request.progress is not None:
+            request.progress(done, plan.size)
 
-    if order.dry_run:
-        store.check_absent(order.version)
-        candidates = _candidates(plan, store)
+    outcome: Outcome | None = None
+    retired: list[str] = []
+    if request.dry_run:
+        store.check_absent(request.version)
         # Without an earlier snapshot there is nothing to compare, and the checkpoint need not be read.
-        outcome = transfer(plan, checkpoint, None, candidates, report) if candidates else None
-        return _publication(plan, outcome, order, (), started)
-    with _explained(store, plan, order), store.locked():
-        store.recover()
+        if candidates := _candidates(plan, store):
+            outcome = write_units(plan, checkpoint, None, candidates, report)
+        return _publication(plan, checkpoint, outcome, request, retired, started)
+    with _explained(store, plan, request), store.locked():
         candidates = _candidates(plan, store)
         _check_room(plan, store, candidates)
-        folder = store.begin(order.version)
+        folder = store.begin(request.version)
         try:
-            outcome = transfer(plan, checkpoint, folder, candidates, report)
+            outcome = write_units(plan, checkpoint, folder, candidates, report)
             checkpoint.check()
+            activation = store.next_activation()
             record = SnapshotRecord(
                 format=FORMAT,
-                version=order.version,
-                block=order.block,
-                sequence=max((old.sequence for old in store.records()), default=0) + 1,
-                published_at=int(time.time()),
-                hotkey=order.signer.ss58_address if order.signer else None,
+                version=request.version,
+                block=request.block,
+                sequence=activation.sequence,
+                published_at=activation.at,
+                hotkey=None,
                 orientation=orientation,
                 layers={number: layer.experts for number, layer in layers.items()},
-                config=dict(checkpoint.config) if checkpoint.config is not None else None,
+                files=_write_files(checkpoint, folder),
                 units=_unit_records(plan, outcome, folder),
                 view_head=base64.b64encode(plan.head).decode("ascii"),
                 view=tuple(plan.extents()),
             )
-            store.commit(folder, sign_record(record, order.signer) if order.signer else record)
+            store.commit(folder, sign_record(record, request.signer) if request.signer else record)
         except BaseException:
-            store.abandon(folder, order.version)
+            store.abandon(folder, request.version)
             raise
-        retired = store.retire(order.keep)
-    return _publication(plan, outcome, order, tuple(retired), started)
+        retired = store.retire(request.keep)
+    return _publication(plan, checkpoint, outcome, request, retired, started)
 
 
-def sign_record(record: SnapshotRecord, signer: ManifestSigner) -> SnapshotRecord:
-    """The record with a signature over the manifest of every unit that is served."""
-    units = []
-    for unit in record.units:
-        if unit.kind != "rest":
-            fields = manifest_fields(record, unit, len(unit_envelope(record, unit)))
-            unit = structs.replace(unit, signature=signer.sign_fields(fields))
-        units.append(unit)
-    return structs.replace(record, units=tuple(units))
+def _write_files(checkpoint: Checkpoint, folder: Path) -> tuple[FileRecord, ...]:
+    """Keep the checkpoint's small files, durably."""
+    place = folder / FILES
+    place.mkdir()
+    os.chmod(place, 0o755)  # noqa: S103  the contract's mode, whatever the umask
+    for name, content in checkpoint.files.items():
+        write_file(place / name, content)
+    return tuple(
+        FileRecord(name, len(content), hashlib.sha256(content).hexdigest())
+        for name, content in sorted(checkpoint.files.items())
+    )
 
 
 def _candidates(plan: Plan, store: Store) -> dict[int, Path]:
@@ -272,7 +281,12 @@ def _unit_records(plan: Plan, outcome: Outcome, folder: Path) -> tuple[UnitRecor
 
 
 def _publication(
-    plan: Plan, outcome: Outcome | None, order: _Request, retired: tuple[str, ...], started: float
+    plan: Plan,
+    checkpoint: Checkpoint,
+    outcome: Outcome | None,
+    request: _Request,
+    retired: Sequence[str],
+    started: float,
 ) -> Publication:
     extents = plan.extents()
     pieces = Counter(unit for run in plan.runs for unit, _ in run.targets)
@@ -294,15 +308,17 @@ def _publication(
         PublishedUnit("full", None, plan.size, len(plan.tensors), len(extents), False, view and f"sha256:{view.sha256}")
     )
     return Publication(
-        version=order.version,
-        block=order.block,
-        dry_run=order.dry_run,
+        version=request.version,
+        block=request.block,
+        dry_run=request.dry_run,
         units=tuple(units),
         bytes_source=sum(run.length for run in plan.runs),
         bytes_written=sum(unit.size for unit in units if unit.file and not unit.linked),
         bytes_linked=sum(unit.size for unit in units if unit.linked),
         bytes_repeated=sum(run.length * (len(run.targets) - 1) for run in plan.runs),
-        retired=retired,
+        files=tuple(sorted(checkpoint.files)),
+        files_left_out=checkpoint.left_out,
+        retired=tuple(retired),
         seconds=time.monotonic() - started,
     )
 
@@ -315,14 +331,14 @@ def _check_room(plan: Plan, store: Store, candidates: Mapping[int, Path]) -> Non
 
 
 @contextmanager
-def _explained(store: Store, plan: Plan, order: _Request) -> Iterator[None]:
+def _explained(store: Store, plan: Plan, request: _Request) -> Iterator[None]:
     """Turn what the operating system refuses into a sentence, in one place."""
     try:
         yield
     except OSError as error:
-        if store.current() == order.version:
+        if store.current() == request.version:
             raise StoreFailed(
-                f"{order.version} was published, but {store.path} could not be tidied up: {error}; "
+                f"{request.version} was published, but {store.path} could not be tidied up: {error}; "
                 "the next publish tries again"
             ) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from bzstream.model.digest import CHUNK
 from bzstream.model.errors import StoreDamaged
 
 __all__ = [
+    "ACTIVATION",
+    "FILES",
     "FORMAT",
+    "Activation",
+    "FileRecord",
     "ManifestSigner",
     "SnapshotRecord",
     "UnitRecord",
@@ -31,9 +35,17 @@ __all__ = [
     "enveloped_etag",
     "make_envelope",
     "manifest_fields",
+    "read_activation",
     "read_record",
+    "sign_record",
     "unit_envelope",
 ]
+
+FILES = "files"
+"""The folder of the small files in a snapshot's folder."""
+
+ACTIVATION = "activation.json"
+"""Beside snapshot.json once a version was made current a second time."""
 
 FORMAT = 1
 """Of snapshot.json. A release that cannot read a record's format says so instead of guessing."""
@@ -51,7 +63,7 @@ class ManifestSigner(Protocol):
 
 
 class UnitRecord(Struct, frozen=True, kw_only=True):
-    """One unit. `kind` is "shared", "partial", "rest" or "full"; sizes are in bytes, hashes lower-case hex.
+    """One unit. `kind` is "shared", "partial", "ungrouped" or "full"; sizes are in bytes, hashes lower-case hex.
 
     `file` is None for the full view, and `mtime_ns` (of the file when it was published) 0.
     """
@@ -75,11 +87,30 @@ class UnitRecord(Struct, frozen=True, kw_only=True):
         return f"sha256:{self.sha256}"
 
 
+class FileRecord(Struct, frozen=True):
+    """One small file in the snapshot's folder `files`; `size` in bytes, `sha256` lower-case hex."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+class Activation(Struct, frozen=True):
+    """When a version was made current: `sequence` rises with every activation, `at` is in seconds since 1970.
+
+    `at` is later than that of the activation before, and so lies in the future for as long as the clock was ahead then.
+    """
+
+    sequence: int
+    at: int
+
+
 class SnapshotRecord(Struct, frozen=True, kw_only=True):
-    """One version. `sequence` orders versions by publication, `published_at` is in seconds since 1970.
+    """One version. `sequence` and `published_at` are its first activation's.
 
     The full view is `view_head` (base64) followed by `view`, (index into `units`, offset in its file, length).
-    `layers` is layer -> number of experts, `orientation` what `naming.fused_orientation` found, `config` config.json.
+    `layers` is layer -> number of experts, `orientation` what `naming.fused_orientation` found. `config` is what
+    config.json said in stores that do not keep the file itself.
     """
 
     format: int
@@ -90,7 +121,8 @@ class SnapshotRecord(Struct, frozen=True, kw_only=True):
     hotkey: str | None
     orientation: str | None
     layers: dict[int, int]
-    config: dict[str, Any] | None
+    config: dict[str, Any] | None = None
+    files: tuple[FileRecord, ...] = ()
     units: tuple[UnitRecord, ...]
     view_head: str
     view: tuple[tuple[int, int, int], ...]
@@ -122,9 +154,12 @@ def decode_record(content: bytes) -> SnapshotRecord:
         version = msgspec.json.decode(body, type=_Format).format
         if version != FORMAT:
             raise StoreDamaged(f"it has the format {version}, and this release of bzstream reads format {FORMAT}")
-        return msgspec.json.decode(body, type=SnapshotRecord)
+        record = msgspec.json.decode(body, type=SnapshotRecord)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise StoreDamaged(f"it is no snapshot record: {error}") from None
+    # Older releases called the unit of ungrouped experts "rest"; its file keeps the name that it has.
+    units = (structs.replace(unit, kind="ungrouped") if unit.kind == "rest" else unit for unit in record.units)
+    return structs.replace(record, units=tuple(units))
 
 
 class _Format(Struct, frozen=True):
@@ -140,6 +175,25 @@ def read_record(folder: Path) -> SnapshotRecord:
         raise StoreDamaged(f"{path} cannot be read: {error.strerror}") from None
     except StoreDamaged as error:
         raise StoreDamaged(f"{path} cannot be used: {error}") from None
+
+
+def read_activation(folder: Path, record: SnapshotRecord) -> Activation:
+    """The latest activation of the version in `folder`: the first one, unless it was activated again."""
+    try:
+        return msgspec.json.decode((folder / ACTIVATION).read_bytes(), type=Activation)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return Activation(record.sequence, record.published_at)
+
+
+def sign_record(record: SnapshotRecord, signer: ManifestSigner) -> SnapshotRecord:
+    """The record with the signer's address, and its signature over the manifest of every unit."""
+    record = structs.replace(record, hotkey=signer.ss58_address)
+
+    def signed(unit: UnitRecord) -> UnitRecord:
+        fields = manifest_fields(record, unit, len(unit_envelope(record, unit)))
+        return structs.replace(unit, signature=signer.sign_fields(fields))
+
+    return structs.replace(record, units=tuple(map(signed, record.units)))
 
 
 def make_envelope(*, group: int | None, block: int, version: str, content_hash: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,19 +10,11 @@ import numpy
 
 from bzstream.model.checkpoint import Checkpoint
 from bzstream.model.errors import BadCheckpoint
+from bzstream.model.small_files import CONFIG
 from bzstream.tensorfile import Tensor, tensor_bytes
+from bzstream.util.dtypes import BY_FRAMEWORK_NAME
 
 __all__ = ["open_state_dict"]
-
-_DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
-    "bool": "BOOL", "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
-}  # fmt: skip
-"""The name that torch, numpy and ml_dtypes give to a dtype -> safetensors' name for it."""
 
 
 class ArraySource:
@@ -50,7 +43,14 @@ class ArraySource:
 
 def open_state_dict(tensors: Mapping[str, Any], config: Mapping[str, Any] | None) -> Checkpoint:
     """The checkpoint behind a state dict. Raises BadCheckpoint for what is no tensor or has no safetensors dtype."""
-    checkpoint = Checkpoint([ArraySource(name, value) for name, value in tensors.items()], config)
+    try:
+        files = {} if config is None else {CONFIG: json.dumps(dict(config), indent=2).encode("ascii")}
+    except (TypeError, ValueError) as error:
+        raise BadCheckpoint(
+            f"the config cannot be written as JSON: {error}; give what config.json would hold"
+        ) from None
+    checkpoint = Checkpoint([ArraySource(name, value) for name, value in tensors.items()], files)
+    checkpoint.config = config
     for number, (name, value) in enumerate(tensors.items()):
         if not isinstance(name, str) or not name.isprintable() or not name or name == "__metadata__":
             raise BadCheckpoint(f"{name!r} is no name for a tensor")
@@ -58,7 +58,7 @@ def open_state_dict(tensors: Mapping[str, Any], config: Mapping[str, Any] | None
             raise BadCheckpoint(f"{name} is {type(value).__name__}, no numpy array or torch tensor")
         if getattr(value, "is_meta", False) or str(getattr(value, "layout", "torch.strided")) != "torch.strided":
             raise BadCheckpoint(f"{name} has no plain values: it is a meta or sparse tensor")
-        dtype = _DTYPES.get(getattr(value.dtype, "name", str(value.dtype)).removeprefix("torch."))
+        dtype = BY_FRAMEWORK_NAME.get(getattr(value.dtype, "name", str(value.dtype)).removeprefix("torch."))
         if dtype is None:
             raise BadCheckpoint(f"{name} has the dtype {value.dtype}, which safetensors files cannot hold")
         shape = tuple(int(size) for size in value.shape)

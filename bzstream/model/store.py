@@ -5,13 +5,16 @@
     STORE/.current-<version>                 symlink: the flip is about to happen
     STORE/snapshots/<version>/               a snapshot; real once snapshot.json is in it and no flip is pending
     STORE/current -> snapshots/<version>     what is served
-    STORE/snapshots/.old-<version>/          a snapshot being deleted
     STORE/pinned                             versions that are not to be retired yet, one a line
+    STORE/snapshots/.old-<version>/          a snapshot being deleted
 
 Publishing writes `.new-V`, syncs everything, makes the symlink `.current-V`, renames `.new-V` to `V`, and renames
 `.current-V` over `current`: that rename is the moment of publication. Every name that begins with a dot is unfinished
-work, so recovery, at the start of the next publish, only has to remove them; a folder V whose `.current-V` is still
+work, so recovery, at the start of the next change, only has to remove them; a folder V whose `.current-V` is still
 there was never published and goes too.
+
+Making an older version current again writes `activation.json` into its folder and flips `current` the same way; the
+pending symlink is then called `.again-V`, as V must not be removed.
 """
 
 from __future__ import annotations
@@ -19,23 +22,37 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bzstream.model.errors import StoreBusy, StoreDamaged, VersionExists
-from bzstream.model.record import SnapshotRecord, encode_record, read_record
-from bzstream.util.durable import write_file
+import msgspec
+
+from bzstream.model.errors import ModelError, StoreBusy, StoreDamaged, VersionExists
+from bzstream.model.record import (
+    ACTIVATION,
+    Activation,
+    ManifestSigner,
+    SnapshotRecord,
+    encode_record,
+    read_activation,
+    read_record,
+    sign_record,
+)
+from bzstream.util.durable import replace_file, sync_folder, write_file
 
 __all__ = ["Store"]
 
+RECORD = "snapshot.json"
 PENDING = ".current-"
+AGAIN = ".again-"
 NEW = ".new-"
 OLD = ".old-"
 
 
 class Store:
-    """The paths of a store and the steps of a publish on them; the methods from `locked` on need it, but `pin`."""
+    """The paths of a store, what can be read of it by anybody, and the steps of a change, which need `locked`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,11 +61,26 @@ class Store:
         self.pins = path / "pinned"
 
     def current(self) -> str | None:
-        """The version that is served, or None before the first publish."""
+        """The version that `current` names, which need not be there; None before the first publish."""
         try:
             return Path(os.readlink(self.link)).name or None
         except OSError:
             return None
+
+    def problem(self) -> str | None:
+        """Why nothing can be served although there is something: a sentence for the operator."""
+        if (version := self.current()) is not None:
+            return (
+                None if (self.folder(version) / RECORD).exists() else f"{self.link} names {version}, which is not there"
+            )
+        if os.path.lexists(self.link):
+            return (
+                f"{self.link} is no symbolic link (was the store copied by a tool that follows links?); "
+                "run `bzstream use` or publish again"
+            )
+        if self.versions():
+            return f"{self.link} is missing; run `bzstream use` or publish again"
+        return None
 
     def versions(self) -> list[str]:
         """Published versions, in no order."""
@@ -60,25 +92,32 @@ class Store:
         return [
             name
             for name in found
-            if name[0] != "." and name not in pending and os.path.lexists(self.folder(name) / "snapshot.json")
+            if name[0] != "." and name not in pending and os.path.lexists(self.folder(name) / RECORD)
         ]
 
     def folder(self, version: str) -> Path:
         return self.snapshots / version
 
     def records(self) -> list[SnapshotRecord]:
-        """Every readable published record, newest first."""
+        """Every readable published record, the one that was activated last first."""
         found = []
         for version in self.versions():
             try:
                 found.append(read_record(self.folder(version)))
             except StoreDamaged:
                 continue
-        return sorted(found, key=lambda record: record.sequence, reverse=True)
+        return sorted(found, key=lambda record: self.activation(record).sequence, reverse=True)
+
+    def activation(self, record: SnapshotRecord) -> Activation:
+        """The latest activation of a version."""
+        return read_activation(self.folder(record.version), record)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the store if need be and hold its lock. Raises StoreBusy when another publish holds it."""
+        """Create the store if need be, hold its lock, and remove what a change that was killed left behind.
+
+        Raises StoreBusy when another publisher holds the lock.
+        """
         for folder in (self.path, self.snapshots):
             if not folder.is_dir():
                 folder.mkdir(parents=True, exist_ok=True)
@@ -89,21 +128,10 @@ class Store:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise StoreBusy(f"another publish is writing to {self.path}; wait until it is done") from None
+            self._recover()
             yield
         finally:
             os.close(fd)
-
-    def recover(self) -> None:
-        """Remove what a publish that was killed left behind."""
-        for name in sorted(os.listdir(self.path)):
-            if name.startswith(PENDING):
-                version = name.removeprefix(PENDING)
-                if version != self.current():
-                    _remove(self.folder(version))
-                os.unlink(self.path / name)
-        for name in os.listdir(self.snapshots):
-            if name.startswith(".") or not os.path.lexists(self.folder(name) / "snapshot.json"):
-                _remove(self.snapshots / name)
 
     def check_absent(self, version: str) -> None:
         """Raise VersionExists when the store has that version."""
@@ -120,27 +148,22 @@ class Store:
         os.chmod(folder, 0o755)  # noqa: S103
         return folder
 
+    def next_activation(self) -> Activation:
+        """What the next activation is to be recorded as.
+
+        Each is later than the one before, in whole seconds, whatever the clock does: caches compare these times.
+        """
+        earlier = [Activation(0, 0), *map(self.activation, self.records())]
+        last, at = max(each.sequence for each in earlier), max(each.at for each in earlier)
+        return Activation(last + 1, max(int(time.time()), at + 1))
+
     def commit(self, folder: Path, record: SnapshotRecord) -> None:
         """Make the snapshot whose unit files lie, durable, in `folder` the current one."""
-        temporary = folder / ".snapshot.json"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
-            os.fchmod(fd, 0o644)
-            content = memoryview(encode_record(record))
-            while content:
-                content = content[os.write(fd, content) :]
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.rename(temporary, folder / "snapshot.json")
-        _sync(folder)
-        pending = self.path / f"{PENDING}{record.version}"
-        os.symlink(f"snapshots/{record.version}", pending)
-        _sync(self.path)
+        write_file(folder / RECORD, encode_record(record))
+        pending = self._announce(PENDING, record.version)
         os.rename(folder, self.folder(record.version))
-        _sync(self.snapshots)
-        os.rename(pending, self.link)
-        _sync(self.path)
+        sync_folder(self.snapshots)
+        self._flip(pending)
 
     def abandon(self, folder: Path, version: str) -> None:
         """Undo a publish that failed: nothing of it is left."""
@@ -152,17 +175,28 @@ class Store:
             pending.unlink()
         _remove(folder)
 
-    def pin(self, versions: Collection[str]) -> None:
-        """Keep these versions from being retired, and no longer the ones pinned before. Needs no lock."""
-        if set(versions) != self.pinned():
-            write_file(self.pins, "".join(f"{version}\n" for version in sorted(versions)).encode())
+    def use(self, version: str) -> None:
+        """Make a version that is in the store the current one. Raises ModelError when it is not there or damaged."""
+        folder = self._require(version)
+        read_record(folder)
+        if self.current() == version:
+            return
+        write_file(folder / ACTIVATION, msgspec.json.encode(self.next_activation()))
+        self._flip(self._announce(AGAIN, version))
 
-    def pinned(self) -> set[str]:
-        """The versions that `pin` keeps: the bases of rounds that are still open."""
-        try:
-            return set(self.pins.read_text(encoding="utf-8").split())
-        except FileNotFoundError:
-            return set()
+    def remove(self, version: str) -> None:
+        """Delete a version. Raises ModelError when it is current, the base of an open round, or not there."""
+        self._require(version)
+        if version in self.pinned():
+            raise ModelError(f"{version} is the base of a round that is not settled yet; remove it later")
+        if self.current() == version:
+            raise ModelError(f"{version} is served; make another version current first (bzstream use)")
+        self._delete(version)
+
+    def sign(self, version: str, signer: ManifestSigner) -> None:
+        """Sign a version's manifests, again if they are signed. Raises ModelError."""
+        folder = self._require(version)
+        write_file(folder / RECORD, encode_record(sign_record(read_record(folder), signer)))
 
     def retire(self, keep: int) -> list[str]:
         """Delete all but the newest `keep` versions and the pinned ones (never the current one); what was deleted."""
@@ -173,10 +207,54 @@ class Store:
             kept |= set(self.versions()) - set(readable)
         gone = sorted(set(self.versions()) - kept)
         for version in gone:
-            doomed = self.snapshots / f"{OLD}{version}"
-            os.rename(self.folder(version), doomed)
-            _remove(doomed)
+            self._delete(version)
         return gone
+
+    def pin(self, versions: Collection[str]) -> None:
+        """Keep these versions from being deleted, and no longer the ones pinned before. Needs no lock."""
+        if set(versions) != self.pinned():
+            write_file(self.pins, "".join(f"{version}\n" for version in sorted(versions)).encode())
+
+    def pinned(self) -> set[str]:
+        """The versions that `pin` keeps: the bases of rounds that are still open."""
+        try:
+            return set(self.pins.read_text(encoding="utf-8").split())
+        except FileNotFoundError:
+            return set()
+
+    def _require(self, version: str) -> Path:
+        if version not in self.versions():
+            raise ModelError(f"{self.path} has no version {version}; see `bzstream versions {self.path}`")
+        return self.folder(version)
+
+    def _announce(self, prefix: str, version: str) -> Path:
+        """The symlink that is to become `current`, durable. What stands in its way and is no link is put aside."""
+        pending = self.path / f"{prefix}{version}"
+        os.symlink(f"snapshots/{version}", pending)
+        if self.link.is_dir() and not self.link.is_symlink():  # a copy of the store that followed the link
+            os.rename(self.link, self.snapshots / f"{OLD}current")
+        sync_folder(self.path)
+        return pending
+
+    def _flip(self, pending: Path) -> None:
+        replace_file(pending, self.link)
+        _remove(self.snapshots / f"{OLD}current")
+
+    def _delete(self, version: str) -> None:
+        doomed = self.snapshots / f"{OLD}{version}"
+        os.rename(self.folder(version), doomed)
+        _remove(doomed)
+
+    def _recover(self) -> None:
+        for name in sorted(os.listdir(self.path)):
+            if name.startswith((PENDING, AGAIN)):
+                version = name.removeprefix(PENDING)
+                if name.startswith(PENDING) and version != self.current():
+                    _remove(self.folder(version))
+                os.unlink(self.path / name)
+        for name in os.listdir(self.snapshots):
+            if name.startswith(".") or not os.path.lexists(self.folder(name) / RECORD):
+                _remove(self.snapshots / name)
 
 
 def _remove(path: Path) -> None:
@@ -185,12 +263,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     elif os.path.lexists(path):
         path.unlink()
-
-
-def _sync(folder: Path) -> None:
-    """Make a folder's entries durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -29,7 +29,7 @@ from bzstream.model.digest import BLOCK, ChunkHasher, Digest, digest_file
 from bzstream.model.hash_pool import Buffer, HashPool, SerialQueue
 from bzstream.model.plan import CopyRun, Plan
 
-__all__ = ["Outcome", "UnitOutcome", "buffers_of", "transfer"]
+__all__ = ["Outcome", "UnitOutcome", "buffers_of", "write_units"]
 
 BUFFER_SIZE = 2 * 1024 * 1024
 """Bytes handed round at once: large against the cost of a job (some 20 µs), small against a core's cache. It divides
@@ -50,13 +50,13 @@ class UnitOutcome(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a transfer did; `view` is None in a dry run."""
+    """What `write_units` did; `view` is None in a dry run."""
 
     units: tuple[UnitOutcome, ...]
     view: Digest | None
 
 
-def transfer(
+def write_units(
     plan: Plan,
     checkpoint: Checkpoint,
     folder: Path | None,

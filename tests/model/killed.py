@@ -21,7 +21,8 @@ from typing import Any
 from bzstream.model import publishing
 
 CALLS = (
-    "open", "pwrite", "write", "fsync", "fchmod", "chmod", "link", "symlink", "rename", "mkdir", "rmdir", "unlink",
+    "open", "pwrite", "write", "fsync", "fchmod", "chmod", "link", "symlink", "rename", "replace", "mkdir", "rmdir",
+    "unlink",
 )  # fmt: skip
 """Through these publishing changes the disk. (`open` also when it only reads: harmless points more.)"""
 

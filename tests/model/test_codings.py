@@ -273,7 +273,7 @@ def test_a_worker_takes_codings_in_while_it_serves(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     cache = SnapshotCache(store.path)
     assert cache.refresh()
-    for check in cache.checks:
+    for check in cache.verifiers:
         check.wait()
     assert not cache.damaged
     download = cache.current.units["partial/0"].payload if cache.current else None

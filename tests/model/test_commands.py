@@ -72,7 +72,7 @@ def test_json_reports(tmp_path: Path, source: Path) -> None:
         "publish", source, "--store", tmp_path / "store", "--block", 1, "--version", "a", "--experts", experts, "--json"
     )
     report = json.loads(done.stdout)
-    assert [unit["unit"] for unit in report["units"]] == ["shared", "partial/4", "rest", "full"]
+    assert [unit["unit"] for unit in report["units"]] == ["shared", "partial/4", "ungrouped", "full"]
     assert report["bytes_written"] == sum(unit["size"] for unit in report["units"] if unit["file"])
     assert report["dry_run"] is False
 

@@ -111,7 +111,7 @@ def check_after_kill(store: Path, source: Path, *, begun: str | None) -> None:
     assert sorted(os.listdir(store)) == [".lock", "current", "snapshots"]
     assert sorted(os.listdir(store / "snapshots")) == sorted(record.version for record in report.snapshots)
     for record in report.snapshots:
-        wanted = {"snapshot.json", *(unit.file for unit in record.units if unit.file)}
+        wanted = {"snapshot.json", "files", *(unit.file for unit in record.units if unit.file)}
         assert set(os.listdir(store / "snapshots" / record.version)) == wanted
 
 

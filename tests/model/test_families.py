@@ -1,14 +1,14 @@
-"""Checkpoints that transformers itself writes, from tiny random configs of every family.
+"""Checkpoints that transformers itself writes, of every mixture-of-experts family that it builds from a config.
 
-For each: the full view equals the files that were written, and each group's slice, put back in the place of its
-experts, is what transformers loads from them, bit for bit.
+For each: the units put together are the files that were written, bit for bit; and a checkpoint that holds one group's
+slice, with zeros for all other experts, is loaded by transformers with exactly that group's experts.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,79 +18,40 @@ import transformers
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 
-from bzstream.model import SnapshotCache, publish
+from bzstream.model import BadCheckpoint, SnapshotCache, publish
+from tests.seeds import LONG
 
-EXPERTS = 4
-GROUPS = {2: {0: (3, 0), 1: (1, 2)}, 0: {0: (1, 2), 1: (0, 1)}}
-"""Some experts in two groups (layer 1, expert 1), one in none (layer 1, expert 3), and orders that are not sorted."""
+from .families import EXPERTS, build
 
+USUAL = (
+    "qwen3_vl_moe", "qwen3_moe", "deepseek_v2", "mixtral", "gpt_oss", "gemma4", "llama4_text", "nemotron_h",
+    "granitemoe", "step3p7",
+)  # fmt: skip
+"""One of each way to name experts: tried always. The others are tried by the long tests."""
 
-def qwen3_vl_moe() -> Any:
-    text = {
-        "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 12, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "num_experts": EXPERTS,
-        "num_experts_per_tok": 2, "vocab_size": 32,
-    }  # fmt: skip
-    vision = {
-        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
-        "deepstack_visual_indexes": [0],
-    }  # fmt: skip
-    return transformers.Qwen3VLMoeForConditionalGeneration(
-        transformers.Qwen3VLMoeConfig(text_config=text, vision_config=vision)
-    )
+MORE = (
+    "afmoe", "aria", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_ocr2", "deepseek_v3",
+    "deepseek_v32", "deepseek_v4", "diffusion_gemma", "dots1", "dots3_note_text", "ernie4_5_moe", "exaone_moe",
+    "flex_olmo", "flint", "gemma4_text", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm5_next", "glm_moe_dsa",
+    "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "hy_v4", "inkling2_text",
+    "inkling_text", "jamba", "kimi_linear", "kolibri1", "laguna", "lfm2_moe", "llama4", "longcat_flash", "mellum",
+    "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl", "mistral4", "mistral_large4", "muse_spark_text", "olmoe",
+    "openai_privacy_filter", "phimoe", "qwen2_moe", "qwen3_5_moe", "qwen3_next", "qwen3_omni_moe_thinker", "qwen4_exp",
+    "solar_open", "unlimited_ocr", "zaya",
+)  # fmt: skip
 
+REFUSED = {
+    "ernie4_5_vl_moe": "text_moe",
+    "jetmoe": "self_attention",
+    "nllb-moe": "expert_0",
+    "switch_transformers": "expert_0",
+}
+"""Families that cannot be sliced, and what stands in the name that the error quotes. docs/families.md says why."""
 
-def qwen3_moe() -> Any:
-    return transformers.Qwen3MoeForCausalLM(
-        transformers.Qwen3MoeConfig(
-            hidden_size=16, intermediate_size=24, moe_intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, head_dim=8, num_experts=EXPERTS, num_experts_per_tok=2, vocab_size=32,
-        )
-    )  # fmt: skip
+GROUPS: dict[int, tuple[int, ...]] = {2: (3, 0), 0: (1, 2)}
+"""The groups' experts, the same in every layer, not sorted."""
 
-
-def deepseek_v2() -> Any:
-    return transformers.DeepseekV2ForCausalLM(
-        transformers.DeepseekV2Config(
-            hidden_size=16, intermediate_size=24, moe_intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, n_routed_experts=EXPERTS, n_shared_experts=1, num_experts_per_tok=2, vocab_size=32,
-            kv_lora_rank=8, q_lora_rank=None, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
-            first_k_dense_replace=0, topk_method="greedy", n_group=1, topk_group=1,
-        )
-    )  # fmt: skip
-
-
-def mixtral() -> Any:
-    return transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(
-            hidden_size=16, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-            num_local_experts=EXPERTS, num_experts_per_tok=2, vocab_size=32,
-        )
-    )  # fmt: skip
-
-
-def gpt_oss() -> Any:
-    return transformers.GptOssForCausalLM(
-        transformers.GptOssConfig(
-            hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-            head_dim=8, num_local_experts=EXPERTS, num_experts_per_tok=2, vocab_size=32,
-        )
-    )  # fmt: skip
-
-
-FAMILIES: list[Callable[[], Any]] = [qwen3_vl_moe, qwen3_moe, deepseek_v2, mixtral, gpt_oss]
-
-
-@pytest.fixture(scope="module")
-def models() -> dict[str, Any]:
-    torch.manual_seed(0)
-    found = {}
-    for family in FAMILIES:
-        model = family().to(torch.bfloat16)
-        for parameter in model.parameters():
-            parameter.data.normal_()  # biases and norms too: zeros would hide a row in the wrong place
-        found[family.__name__] = model
-    return found
+model_of = cache(build)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -108,75 +69,102 @@ def written(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def units(store: Path) -> tuple[dict[str, dict[str, torch.Tensor]], str | None]:
+def published(folder: Path, store: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[int, int], str | None]:
+    """Publish and read back: each unit's tensors, the layers with their number of experts, and the orientation."""
+    publish(folder, store, block=1, version="a", groups=1)
     cache = SnapshotCache(store)
     assert cache.refresh()
     assert cache.current is not None
-    found = {label: load_bytes(unit.payload.read()) for label, unit in cache.current.units.items()}
+    layers = dict(cache.current.layers)
+    publish(folder, store, block=2, version="b", experts={g: dict.fromkeys(layers, rows) for g, rows in GROUPS.items()})
+    assert cache.refresh()
+    units = {label: load_bytes(unit.payload.read()) for label, unit in cache.current.units.items()}
     orientation = cache.current.orientation
     cache.close()
-    return found, orientation
+    return units, layers, orientation
 
 
-def check(folder: Path, store: Path, model: Any) -> str | None:
-    publish(folder, store, block=1, version="a", experts=GROUPS)
-    stored, orientation = units(store)
-    source = written(folder)
-    assert stored["full"].keys() == source.keys()
-    assert all(same(stored["full"][name], source[name]) for name in source)
-    # A checkpoint whose every expert comes from the slices: transformers must load the model from it that was saved.
-    patched = {name: tensor.clone() for name, tensor in stored["full"].items()}
-    for name in patched:
-        if re.search(r"\.experts\.", name):
-            patched[name].zero_()
-    for group, layers in GROUPS.items():
-        for name, tensor in stored[f"partial/{group}"].items():
-            layer = int(re.search(r"layers\.(\d+)\.", name)[1])  # type: ignore[index]
-            if re.search(r"\.experts\.\d+\.", name):
-                patched[name] = tensor
-            else:
-                patched[name][list(layers[layer])] = tensor
-    for name, tensor in stored["shared"].items():
-        assert not re.search(r"\.experts\.", name)
-        assert same(tensor, source[name])
-    loaded = load_patched(folder, patched, type(model))
-    original = model.state_dict()
-    assert loaded.keys() == original.keys()
-    for name, tensor in original.items():
-        if ".experts." in name and ".layers.1." in name:
-            assert same(loaded[name][:3], tensor[:3]), name  # expert 3 of layer 1 is in no group
-            assert not loaded[name][3].any()
+def put_back(target: dict[str, torch.Tensor], unit: dict[str, torch.Tensor], rows: tuple[int, ...]) -> None:
+    """Put a slice's tensors where they came from: whole ones by name, rows of fused ones by original index."""
+    for name, tensor in unit.items():
+        if tensor.shape == target[name].shape:
+            target[name] = tensor
         else:
-            assert same(loaded[name], tensor), name
-    return orientation
+            target[name][list(rows)] = tensor
 
 
-def load_patched(folder: Path, tensors: dict[str, torch.Tensor], kind: Any) -> dict[str, torch.Tensor]:
-    target = folder.with_name("patched")
-    target.mkdir()
-    (target / "config.json").write_text((folder / "config.json").read_text())
-    save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    model = kind.from_pretrained(target, dtype=torch.bfloat16)
-    found: dict[str, torch.Tensor] = model.state_dict()
+def load_with(folder: Path, tensors: dict[str, torch.Tensor], kind: Any, place: Path) -> dict[str, torch.Tensor]:
+    """What transformers holds after loading the checkpoint in `folder` with these tensors instead of its own."""
+    place.mkdir()
+    (place / "config.json").write_text((folder / "config.json").read_text())
+    save_file(tensors, place / "model.safetensors", {"format": "pt"})
+    found: dict[str, torch.Tensor] = kind.from_pretrained(place, dtype=torch.bfloat16).state_dict()
     return found
 
 
-@pytest.mark.parametrize("shard_size", ["5GB", "4KB"], ids=["single", "sharded"])
+def check(folder: Path, place: Path, model: Any) -> str | None:
+    units, layers, orientation = published(folder, place / "store")
+    source = written(folder)
+    assert set(layers.values()) == {EXPERTS}
+    assert units["full"].keys() == source.keys()
+    assert all(same(units["full"][name], source[name]) for name in source)
+    whole = {name: torch.zeros_like(tensor) for name, tensor in source.items()}
+    put_back(whole, units["shared"], ())
+    one = {name: tensor.clone() for name, tensor in whole.items()}
+    for group, rows in GROUPS.items():
+        assert units[f"partial/{group}"]
+        put_back(whole, units[f"partial/{group}"], rows)
+    assert all(same(whole[name], source[name]) for name in source)
+    put_back(one, units["partial/2"], GROUPS[2])
+    wanted = load_with(folder, source, type(model), place / "whole")
+    loaded = load_with(folder, one, type(model), place / "one")
+    assert loaded.keys() == wanted.keys()
+    mine, others = list(GROUPS[2]), list(GROUPS[0])
+    sliced = 0
+    for name, tensor in wanted.items():
+        if same(loaded[name], tensor):
+            continue
+        sliced += 1
+        assert "experts" in name.split("."), name
+        assert same(loaded[name][mine], tensor[mine]), name
+        assert not loaded[name][others].any(), name
+        assert tensor[others].any()
+    assert sliced >= 2 * len(layers)
+    return orientation
+
+
 @pytest.mark.parametrize("original", [True, False], ids=["original format", "own format"])
-@pytest.mark.parametrize("family", [family.__name__ for family in FAMILIES])
-def test_a_checkpoint_of_transformers(
-    tmp_path: Path, models: dict[str, Any], family: str, original: bool, shard_size: str
-) -> None:
-    model = models[family]
+@pytest.mark.parametrize("family", (*USUAL, *MORE) if LONG else USUAL)
+def test_a_checkpoint_of_transformers(tmp_path: Path, family: str, original: bool) -> None:
+    model = model_of(family)
     folder = tmp_path / "in"
-    model.save_pretrained(folder, save_original_format=original, max_shard_size=shard_size)
-    assert (folder / "model.safetensors.index.json").exists() == (shard_size == "4KB")
-    orientation = check(folder, tmp_path / "store", model)
+    # Sharded in one of the two formats, in one file in the other.
+    model.save_pretrained(folder, save_original_format=original, max_shard_size="4KB" if original else "5GB")
+    orientation = check(folder, tmp_path, model)
     assert orientation == ("native" if family == "qwen3_vl_moe" else None)
 
 
-def test_the_hubs_transposed_layout(tmp_path: Path, models: dict[str, Any]) -> None:
-    model = models["qwen3_vl_moe"]
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_cannot_be_sliced_is_refused_by_name(tmp_path: Path, family: str) -> None:
+    model_of(family).save_pretrained(tmp_path / "in", save_original_format=False)
+    with pytest.raises(BadCheckpoint, match=re.escape(REFUSED[family])):
+        publish(tmp_path / "in", tmp_path / "store", block=1, version="a", groups=2)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.skipif(not LONG, reason="reads the source of every model of transformers")
+def test_every_family_of_transformers_is_in_a_list() -> None:
+    """A release with new families is noticed: each must be tried, or stand in docs/families.md with a reason."""
+    listed = Path("docs/families.md").read_text(encoding="utf-8")
+    models = Path(transformers.__file__).parent / "models"
+    for folder in sorted(models.iterdir()):
+        text = "".join(path.read_text(encoding="utf-8") for path in folder.glob("modeling_*.py"))
+        if re.search(r"class \w+Experts\(|self\.experts = ", text):
+            assert f"`{folder.name}`" in listed, f"the family {folder.name} is not in docs/families.md"
+
+
+def test_the_hubs_transposed_layout(tmp_path: Path) -> None:
+    model = model_of("qwen3_vl_moe")
     model.save_pretrained(tmp_path / "own", save_original_format=False)
     hub = {
         name: tensor.transpose(1, 2).contiguous() if ".experts." in name else tensor
@@ -186,6 +174,6 @@ def test_the_hubs_transposed_layout(tmp_path: Path, models: dict[str, Any]) -> N
     folder.mkdir()
     save_file(hub, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text((tmp_path / "own/config.json").read_text())
-    assert check(folder, tmp_path / "store", model) == "transposed"
+    assert check(folder, tmp_path, model) == "transposed"
     config = json.loads((folder / "config.json").read_text())
     assert config["text_config"]["hidden_size"] != 2 * config["text_config"]["moe_intermediate_size"]

@@ -71,12 +71,12 @@ def test_damage_says_where(store: Path, tmp_path: Path) -> None:
 
 def test_missing_and_cut_files_are_found_without_reading(store: Path, tmp_path: Path) -> None:
     shutil.copytree(store, tmp_path / "store", symlinks=True)
-    (tmp_path / "store/snapshots/b/rest.safetensors").unlink()
+    (tmp_path / "store/snapshots/b/ungrouped.safetensors").unlink()
     os.truncate(tmp_path / "store/snapshots/a/shared.safetensors", 10)
     (tmp_path / "store/snapshots/.new-x").mkdir()
     for report in (inspect_store(tmp_path / "store"), verify_store(tmp_path / "store")):
         problems = {(finding.version, finding.unit): finding.problem for finding in report.findings}
-        assert "No such file" in problems["b", "rest"]
+        assert "No such file" in problems["b", "ungrouped"]
         assert "10 bytes instead of" in problems["a", "shared"]
         assert report.leftovers == (".new-x",)
 

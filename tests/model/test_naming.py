@@ -28,6 +28,13 @@ def infos(specs: dict[str, Spec]) -> list[TensorInfo]:
         ("model.layers.31.block_sparse_moe.experts.7.w2.weight", 31, 7),
         ("layers.2.mlp.experts.0.up_proj.weight", 2, 0),
         ("language_model.model.layers.1.feed_forward.experts.gate_up_proj", 1, None),
+        ("model.language_model.layers.2.experts.gate_up_proj", 2, None),
+        ("backbone.layers.1.mixer.experts.5.up_proj.weight", 1, 5),
+        ("_orig_mod.model.layers.1.mlp.experts.5.up_proj.weight", 1, 5),
+        ("model.layers.1._orig_mod.mlp.experts.down_proj", 1, None),
+        ("model.llm.layers.4.mlp.experts.w13_weight", 4, None),
+        ("model.layers.6.block_sparse_moe.input_linear.weight", 6, None),
+        ("model.layers.6.moe.up_proj.weight", 6, None),
     ],
 )
 def test_expert_tensors_are_recognised(name: str, layer: int, expert: int | None) -> None:
@@ -49,6 +56,9 @@ def test_expert_tensors_are_recognised(name: str, layer: int, expert: int | None
         "mtp.layers.0.mlp.experts.3.up_proj.weight",
         "model.mtp.layers.0.mlp.experts.3.up_proj.weight",
         "model.visual.blocks.0.mlp.linear_fc1.weight",
+        "model.layers.0.shared_mlp.input_linear.weight",
+        "model.layers.0.moe.gate.weight",
+        "model.layers.0.block_sparse_moe.router.layer.weight",
         "xmodel.layers.0.mlp.experts.gate_up_proj",
         "lm_head.weight",
     ],
@@ -65,6 +75,8 @@ def test_other_tensors_belong_to_no_expert(name: str) -> None:
         "model.layers.0.mlp.experts",
         "model.layers.0.mlp.experts.3",
         "model.layers.0.mlp.experts.1234567890.up_proj.weight",
+        "model.layers.0.mlp.text_moe.experts.gate_up_proj",
+        "model.layers.0.self_attention.experts.input_linear.weight",
     ],
 )
 def test_unknown_forms_of_expert_names_are_refused(name: str) -> None:
@@ -78,6 +90,29 @@ def test_layers_of_both_namings() -> None:
     assert [len(layer.fused) for layer in layers.values()] == [4, 4, 4]
     layers = find_layers(infos(separate(layers=2, experts=3, block="block_sparse_moe")))
     assert [len(members) for members in layers[1].separate] == [3, 3, 3]
+
+
+SCALES: dict[str, Spec] = {
+    "gate_up_proj_input_scale": ("F32", ()),  # Llama 4 in NVFP4
+    "down_proj_input_scale": ("F32", (1,)),
+    "post_expert_norm.weight": ("BF16", (8,)),
+}
+
+
+@pytest.mark.parametrize("specs", [fused(1), separate(1)], ids=["fused", "separate"])
+def test_what_the_experts_have_in_common_is_not_sliced(specs: dict[str, Spec]) -> None:
+    block = next(name for name in specs if ".experts." in name).partition(".experts.")[0] + ".experts"
+    own = {f"{block}.{name}": spec for name, spec in SCALES.items()}
+    (layer,) = find_layers(infos(specs | own)).values()
+    assert layer.experts == 4
+    names = {tensor.name for members in (layer.fused, *layer.separate) for tensor in members}
+    assert names == {name for name in specs if ".experts." in name}
+
+
+def test_a_scale_for_each_expert_is_sliced() -> None:
+    scale = "model.language_model.layers.0.mlp.experts.down_proj_weight_scale_2"
+    (layer,) = find_layers(infos(fused(1) | {scale: ("F32", (4,))})).values()
+    assert scale in {tensor.name for tensor in layer.fused}
 
 
 def test_layers_that_predict_further_tokens_are_not_the_decoders() -> None:
@@ -102,6 +137,7 @@ def spoil(specs: dict[str, Spec], **changes: Any) -> list[TensorInfo]:
     ("tensors", "config", "sentence"),
     [
         (infos({"model.norm.weight": ("F32", (4,))}), None, "no expert tensors"),
+        (infos({"decoder.block.0.mlp.experts.expert_0.wi.weight": ("F32", (4,))}), None, "such as decoder.block.0.mlp"),
         (
             spoil(separate(), experts__2__up_proj__weight=None),
             None,
@@ -116,7 +152,6 @@ def spoil(specs: dict[str, Spec], **changes: Any) -> list[TensorInfo]:
         (spoil(separate(), experts__1__up_proj__weight=("BF16", (8, 6))), None, "unlike that of expert 0"),
         (infos({"layers.0.mlp.experts.1.w.weight": ("F32", (1,))}), None, "no expert 0"),
         (spoil(fused(), experts__down_proj=("BF16", (3, 8, 6))), None, "disagree on the number"),
-        (spoil(fused(), experts__down_proj=("BF16", ())), None, "disagree on the number"),
         (infos({"layers.0.mlp.experts.w": ("F32", (0, 4))}), None, "layer 0 has no experts"),
         (infos({"layers.0.mlp.experts.w": ("F32", ())}), None, "layer 0 has no experts"),
         (infos({"layers.0.mlp.experts.w": ("F4", (2, 1))}), None, "no whole number of bytes"),

@@ -135,7 +135,7 @@ def test_experts_of_no_group_and_of_two_groups(tmp_path: Path) -> None:
     check_store(tmp_path / "store", specs, data, experts)
     row = sum(len(data[name]) // 6 for name in data if ".experts." in name)
     assert report.bytes_repeated == row
-    rest = tmp_path / "store/current/rest.safetensors"
+    rest = tmp_path / "store/current/ungrouped.safetensors"
     with safetensors.safe_open(rest, "pt") as file:
         assert json.loads(file.metadata()["experts"]) == {"0": [1, 3, 4]}
         assert file.metadata().keys() == {"format", "experts"}
@@ -209,7 +209,7 @@ def test_manifests_are_signed(tmp_path: Path) -> None:
         assert manifest.pop("signature") == f"signature of {unit.kind}"
         assert manifest["validator_hotkey"] == "5Hotkey"
         assert manifest in signer.signed
-    assert len(signer.signed) == 3
+    assert [fields["unit"] for fields in signer.signed] == ["shared", "partial", "ungrouped", "full"]
     cache.close()
 
 

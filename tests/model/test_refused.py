@@ -168,7 +168,7 @@ def test_a_full_disk_is_one_sentence_and_changes_nothing(tmp_path: Path, limit: 
     assert tree(store) == before
 
 
-@pytest.mark.parametrize("call", ["pwrite", "fsync", "link", "symlink", "rename", "mkdir"])
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "link", "symlink", "rename", "replace", "mkdir"])
 def test_what_the_system_refuses_is_one_sentence_and_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -255,7 +255,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing folder": (lambda f: os.rename(f, f.with_name("gone")), "is not a folder"),
     "missing shard": (lambda f: shard(f).unlink(), "cannot be read"),
     "no weights": (lambda f: (f / "model.safetensors.index.json").unlink(), "neither"),
-    "both forms": (lambda f: (f / "model.safetensors").write_bytes(b""), "has both"),
+    "both forms": (lambda f: (f / "model.safetensors").write_bytes(b""), "does not name"),
     "truncated": (lambda f: os.truncate(shard(f), os.stat(shard(f)).st_size - 1), "damaged or incomplete"),
     "grown": (lambda f: shard(f).write_bytes(shard(f).read_bytes() + b"x"), "damaged or incomplete"),
     "empty": (lambda f: os.truncate(shard(f), 0), "too short"),

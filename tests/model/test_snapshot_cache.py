@@ -142,8 +142,8 @@ def test_a_file_that_changed_before_the_worker_started_is_not_served(
     cache.close()  # waits for the check of what was flipped
     cache = SnapshotCache(store, warn=warnings.append)
     cache.refresh()
-    for check in cache.checks:
-        check.wait()
+    for verifier in cache.verifiers:
+        verifier.wait()
     assert cache.damaged == ["partial/1", "full"]
     cache.close()
 
@@ -244,7 +244,7 @@ def test_running_out_of_descriptors_is_tried_again(store: Path, source: Path, mo
         raise OSError(24, "Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr("bzstream.model.snapshot_cache.UnitFile", refuse)
+        patch.setattr("bzstream.model.snapshot.UnitFile", refuse)
         for _ in range(3):
             assert not cache.refresh()
     assert cache.current is not None
