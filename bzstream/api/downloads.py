@@ -158,7 +158,7 @@ def _represent(snapshot: Snapshot, unit: Unit, payload: Payload, etag: str) -> R
     return Representation(
         payload=payload,
         etag=etag,
-        last_modified=snapshot.published_at,
+        last_modified=snapshot.activated_at,
         headers=(
             *(() if unit.group is None else (("X-Expert-Group", str(unit.group)), *_VARY)),
             ("X-Block-Number", str(snapshot.block)),

@@ -67,6 +67,8 @@ class HealthEndpoint:
         """What else is wrong, a sentence each, for the operator."""
         state = self._state
         found = [f"the file of {label} was damaged on disk" for label in state.damaged]
+        if state.snapshots.problem is not None:
+            found.append(state.snapshots.problem)
         silence = state.evaluator_age
         if state.settings.evaluation.enabled and (silence is None or silence > EVALUATOR_SILENCE_S):
             found.append("no evaluator is running")

@@ -68,19 +68,14 @@ class Store:
             return None
 
     def problem(self) -> str | None:
-        """Why nothing can be served although there is something: a sentence for the operator."""
+        """Why nothing can be served although there is something: a sentence for the operator, without a path."""
         if (version := self.current()) is not None:
-            return (
-                None if (self.folder(version) / RECORD).exists() else f"{self.link} names {version}, which is not there"
-            )
-        if os.path.lexists(self.link):
-            return (
-                f"{self.link} is no symbolic link (was the store copied by a tool that follows links?); "
-                "run `bzstream use` or publish again"
-            )
-        if self.versions():
-            return f"{self.link} is missing; run `bzstream use` or publish again"
-        return None
+            problem = None if (self.folder(version) / RECORD).exists() else f"names {version}, which is not there"
+        elif os.path.lexists(self.link):
+            problem = "is no symbolic link (was the store copied by a tool that follows links?)"
+        else:
+            problem = "is missing" if self.versions() else None
+        return problem and f"the store's link `current` {problem}; run `bzstream use` or publish again"
 
     def versions(self) -> list[str]:
         """Published versions, in no order."""

@@ -144,7 +144,7 @@ def test_a_store_whose_current_is_broken_says_so_and_is_published_over(
         sentence = "names b, which is not there"
     else:
         (store / "current").unlink()
-        sentence = "current is missing"
+        sentence = "`current` is missing"
     warnings: list[str] = []
     cache = SnapshotCache(store, warn=lambda text: warnings.append(text))
     for _ in range(3):

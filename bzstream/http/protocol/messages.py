@@ -158,7 +158,7 @@ class Representation:
     etag: str
     """Strong entity tag, quoted: `"5f…"`."""
     last_modified: int
-    """Epoch seconds."""
+    """Epoch seconds; conditions compare with it even while it lies in the future, Last-Modified then shows now."""
     content_type: str = "application/octet-stream"
     headers: Fields = ()
     """Further fields of 200 and 206 (of 304 those that RFC 9110 15.4.5 names)."""

@@ -61,7 +61,7 @@ def select(request: Request, chosen: Representation, now: int) -> PreparedRespon
     payload, size = chosen.payload, len(chosen.payload)
     common: Fields = (
         ("ETag", chosen.etag),
-        ("Last-Modified", format_date(chosen.last_modified)),
+        ("Last-Modified", format_date(min(chosen.last_modified, now))),  # RFC 9110 8.8.2.1: never in the future
         ("Accept-Ranges", "bytes"),
         *chosen.headers,
     )
