@@ -52,8 +52,6 @@ KNOWN_CIRCLES: set[frozenset[str]] = set()
 """Files that still import each other. Only ever taken away from."""
 
 USES_PRIVATE_NAMES: set[str] = {
-    "api/cutting.py",
-    "api/test_cut_downloads.py",
     "evaluation/test_pipeline.py",
     "evaluation/test_readers.py",
     "evaluation/test_resident.py",

@@ -13,6 +13,7 @@ import fcntl
 import os
 import socket
 import ssl
+import stat
 import struct
 import termios
 import time
@@ -36,7 +37,7 @@ from tests.http.certificates import FIRST_CERT, FIRST_KEY
 from tests.http.support import Recorder
 from tests.nodes import TOKEN
 
-__all__ = ["AUTH", "ENDINGS", "Peer", "Rig", "begin", "open_api", "until"]
+__all__ = ["AUTH", "ENDINGS", "Peer", "Rig", "begin", "open_state", "until"]
 
 AUTH = f"Host: x\r\nAuthorization: Bearer {TOKEN}\r\n"
 ENDINGS = ("reset", "close", "server")
@@ -131,32 +132,27 @@ async def begin(at: int, ending: Callable[[], Coroutine[Any, Any, None]]) -> Asy
 
 
 @asynccontextmanager
-async def open_api(store: Path, place: Path) -> AsyncIterator[Api]:
-    """What a worker serves in the submit phase, with a ledger of its own."""
+async def open_state(store: Path, place: Path, **auth: Any) -> AsyncIterator[WorkerState]:
+    """What a worker knows in the submit phase, with a ledger of its own. When the block ends, no file may be held."""
     ledger = AsyncLedger.open(place / "ledger.sqlite")
-    settings = Settings(auth=AuthSettings(token=TOKEN, trust_claimed_hotkey=True))
+    chosen = Settings(auth=AuthSettings(token=TOKEN, trust_claimed_hotkey=True, **auth))
     state = WorkerState(
-        settings=settings,
+        settings=chosen,
         snapshots=SnapshotCache(store),
-        access=AccessFiles(settings.auth, warn=print),
+        access=AccessFiles(chosen.auth, warn=print),
         ledger=ledger,
         loopback=True,
         chain=ChainState(Desk.NOW, time.time(), frozen=True),
     )
     state.snapshots.refresh()
+    units = [unit for version in state.snapshots.versions() for unit in version.units.values()]
+    files = {file for unit in units for file in unit.payload.files}
     try:
-        yield Api(state)
+        yield state
     finally:
         state.snapshots.close()
         ledger.close()
-
-
-def references(api: Api) -> dict[str, int]:
-    """How often each file of the current snapshot is held."""
-    snapshot = api._state.snapshots.current
-    assert snapshot is not None
-    files = {file for unit in snapshot.units.values() for file in unit.payload.files}
-    return {file.path.name: file._references for file in files}
+    assert [file.path.name for file in files if file.fd >= 0] == [], "files are let go"
 
 
 def descriptors() -> int:
@@ -172,10 +168,16 @@ class Rig:
     """A server of the API, and what it may not leave behind. Use `async with`."""
 
     def __init__(
-        self, api: Api, *, tls: Path | None = None, make_sender: Callable[..., Sender] = Sender, **settings: Any
+        self,
+        state: WorkerState,
+        *,
+        tls: Path | None = None,
+        make_sender: Callable[..., Sender] = Sender,
+        **settings: Any,
     ) -> None:
-        """`tls`: a folder to put a certificate into."""
-        self.api = api
+        """`tls`: a folder to put a certificate into. One caller has few connections: none may keep its place."""
+        self.api = Api(state)
+        settings = {"max_connections_per_caller": 4} | settings
         if tls is not None:
             (tls / "cert.pem").write_text(FIRST_CERT)
             (tls / "key.pem").write_text(FIRST_KEY)
@@ -202,11 +204,12 @@ class Rig:
         assert descriptors() == self._descriptors
 
     async def heard(self, peer: Peer) -> None:
-        """Wait until the server has taken all that its one client has sent."""
+        """Wait until the server has taken all that its client has sent."""
 
         def taken() -> bool:
-            waiting = [fcntl.ioctl(fd, termios.FIONREAD, bytes(4)) for fd in self.server._connections]
-            return waiting == [bytes(4)] and not peer.unacknowledged()
+            fd = peer.at_the_server()
+            waiting = fd is None or fcntl.ioctl(fd, termios.FIONREAD, bytes(4)) != bytes(4)
+            return not (waiting or peer.unacknowledged())
 
         await until(taken, "the server has taken what was sent")
 
@@ -215,6 +218,7 @@ class Rig:
 
     def ending(self, peer: Peer, how: str) -> Callable[[], Coroutine[Any, Any, None]]:
         """One of ENDINGS: the server closes, or the client is gone."""
+
         return self.server.close if how == "server" else lambda: self._vanish(peer, reset=how == "reset")
 
     async def _vanish(self, peer: Peer, *, reset: bool) -> None:
@@ -231,11 +235,10 @@ class Rig:
         await until(lambda: not self.server.downloads and asyncio.all_tasks() == {me}, "requests end")
 
     async def assert_clean(self) -> None:
-        """Once everything under way has ended, nothing is left: no task, transfer, seat, file reference or error."""
+        """Once everything under way has ended, nothing is left: no task, transfer, place of a caller or error."""
         server, me = self.server, asyncio.current_task()
         await until(lambda: server.connections == server.downloads == 0, "connections and downloads end")
         await until(lambda: asyncio.all_tasks() == {me}, "tasks end")
-        await until(lambda: set(references(self.api).values()) == {1}, "files are let go")
         assert server.limits.counts_nobody
         assert len(server.timers) == 0
         assert self.observer.errors == []
@@ -294,6 +297,14 @@ class Peer:
         while wire:
             wire = wire[self._socket.send(wire) :]
 
+    def at_the_server(self) -> int | None:
+        """The descriptor of the connection's other end, which lies in this process; None before it is accepted."""
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            with contextlib.suppress(OSError):  # the listing's own descriptor, listening sockets
+                if stat.S_ISSOCK(os.fstat(fd).st_mode) and _peer_of(fd) == self._socket.getsockname():
+                    return fd
+        return None
+
     def unacknowledged(self) -> int:
         """Bytes that were sent and have not arrived."""
         return unacknowledged(self._socket.fileno())
@@ -335,3 +346,12 @@ class Peer:
         if reset and self._socket.fileno() >= 0:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self._socket.close()
+
+
+def _peer_of(fd: int) -> object:
+    """The address at the other end of a socket that stays another's."""
+    borrowed = socket.socket(fileno=fd)
+    try:
+        return borrowed.getpeername()
+    finally:
+        borrowed.detach()

@@ -16,7 +16,9 @@ from bzstream.api.tokens import TokenError
 from bzstream.chain.keys import Key
 from bzstream.chain.proofs import sign_request
 from bzstream.config import AuthSettings
+from bzstream.model import publish
 from tests.api.desk import Desk, new_key, signed
+from tests.model import build
 from tests.nodes import TOKEN, Answer, Node, eventually, running_node
 
 FIRST, SECOND, THIRD = ("first-" + "1" * 40, "second-" + "2" * 40, "third-" + "3" * 40)
@@ -274,6 +276,18 @@ def test_a_refused_request_uses_no_proof_up(guarded: Desk) -> None:
     assert [ask(target, proof).status for _ in range(2)] == [404, 404], "handlers that wait, too"
     proof = sign_request(key, "GET", "/model", RECEIVER)
     assert [ask("/model", proof).status for _ in range(2)] == [200, 401]
+
+
+def test_the_index_names_the_node_and_says_what_is_signed(guarded: Desk, tmp_path: Path) -> None:
+    index = guarded.node.get("/model", bearer(TOKEN)).json
+    assert index["validator_hotkey"] == RECEIVER
+    assert [version["signed"] for version in index["versions"]] == [False]
+    specs = build.fused(experts=8)
+    build.write_checkpoint(tmp_path / "model", specs, build.contents(specs))
+    publish(tmp_path / "model", tmp_path / "store", block=1, version="signed", groups=4, signer=new_key())
+    with running_node(tmp_path) as node:
+        (version,) = node.get("/model", bearer(TOKEN)).json["versions"]
+        assert version["signed"] is True
 
 
 def test_a_reload_takes_the_tokens_of_the_new_settings(place: Path) -> None:

@@ -1,8 +1,8 @@
 """Nothing leaks, whichever await a request is cut off at: every one is tried, until the request completes before it.
 
-Handlers are cut off at each suspension of their task, requests and TLS handshakes after each of their bytes. They end
-by a reset, by a close, and by a server that closes. What was promised holds all along: a POST whose body has come is
-written down, once; a GET is cancelled.
+Handlers are cut off at each suspension of their task, requests and TLS handshakes after each of their bytes (in a short
+run after a good many). They end by a reset, by a close, and by a server that closes. What was promised holds all along:
+a POST whose body has come is written down, once; a GET is cancelled.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ import pytest
 import uvloop
 
 from bzstream.api.app import Api
+from bzstream.api.state import WorkerState
 from bzstream.http import Headers, HttpError, Request, Response
-from tests.api.cutting import AUTH, ENDINGS, Cut, Peer, Rig, begin, open_api, until
+from tests.api.cutting import AUTH, ENDINGS, Cut, Peer, Rig, begin, open_state, until
 from tests.api.desk import Desk, new_key, signed
 from tests.nodes import TOKEN
+from tests.seeds import seeds
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
@@ -54,10 +56,10 @@ class Book:
 
 
 @asynccontextmanager
-async def opened(store: Path, place: Path) -> AsyncIterator[tuple[Api, Book, str]]:
-    """An API whose ledger holds one submission, with everything open that is opened when first wanted; its id."""
-    async with open_api(store, place) as api:
-        async with Rig(api) as rig:
+async def opened(store: Path, place: Path) -> AsyncIterator[tuple[WorkerState, Book, str]]:
+    """A worker's state, with everything open that is opened when first wanted, the ledger, and a submission in it."""
+    async with open_state(store, place) as state:
+        async with Rig(state) as rig:
             peer = rig.connect()
             await peer.send(post(submission()[1]))
             await answered(peer, b"202")
@@ -65,7 +67,7 @@ async def opened(store: Path, place: Path) -> AsyncIterator[tuple[Api, Book, str
             peer.close()
         book = Book(place)
         book.count("")
-        yield api, book, submission_id
+        yield state, book, submission_id
         book.close()
 
 
@@ -98,12 +100,12 @@ def test_every_await_of_every_handler(run: Run, tls: bool, small_store: Path, tm
         peer.close()
         return cut
 
-    async def every(api: Api, how: str, make: Callable[[], bytes], check: Callable[[Cut, int], None]) -> int:
+    async def every(state: WorkerState, how: str, make: Callable[[], bytes], check: Callable[[Cut, int], None]) -> int:
         """The number of awaits, each of which was tried."""
         async with AsyncExitStack() as stack:
             for at in itertools.count():
                 if not at or how == "server":
-                    rig = await stack.enter_async_context(Rig(api, tls=tmp_path if tls else None))
+                    rig = await stack.enter_async_context(Rig(state, tls=tmp_path if tls else None))
                 cut = await cut_off(rig, how, at, make())
                 (record,) = rig.observer.requests
                 check(cut, record.status)
@@ -112,7 +114,7 @@ def test_every_await_of_every_handler(run: Run, tls: bool, small_store: Path, tm
         raise AssertionError
 
     async def main() -> None:
-        async with opened(small_store, tmp_path) as (api, book, submission_id):
+        async with opened(small_store, tmp_path) as (state, book, submission_id):
             hotkey = ""
 
             def submit() -> bytes:
@@ -132,10 +134,10 @@ def test_every_await_of_every_handler(run: Run, tls: bool, small_store: Path, tm
                     assert (cut.cancelled, status) == (True, 499)
 
             for how in ENDINGS:
-                assert await every(api, how, submit, written) >= 2, "the lane of signatures and the ledger, at least"
+                assert await every(state, how, submit, written) >= 2, "the lane of signatures and the ledger, at least"
                 for target in (f"/submissions/{submission_id}", "/scores", "/scores?round=12520"):
                     get = f"GET {target} HTTP/1.1\r\n{AUTH}\r\n".encode()
-                    assert await every(api, how, lambda data=get: data, cancelled) >= 1  # type: ignore[misc]
+                    assert await every(state, how, lambda data=get: data, cancelled) >= 1  # type: ignore[misc]
 
     run(main())
 
@@ -168,7 +170,7 @@ def test_a_cancelled_handler_holds_up_nobody(small_store: Path, tmp_path: Path) 
         return cut.reached
 
     async def main() -> None:
-        async with opened(small_store, tmp_path) as (api, book, _), Rig(api) as rig:
+        async with opened(small_store, tmp_path) as (state, book, _), Rig(state) as rig:
             awaits = 0
             while await trial(rig.api, book, awaits):
                 awaits += 1
@@ -209,15 +211,15 @@ def test_every_byte_of_a_request(kind: str, small_store: Path, tmp_path: Path) -
     }[kind]
 
     async def main() -> None:
-        async with opened(small_store, tmp_path) as (api, book, _):
-            async with Rig(api) as rig:
-                for length, how in itertools.product(range(len(data)), ("reset", "close")):
+        async with opened(small_store, tmp_path) as (state, book, _):
+            async with Rig(state) as rig:
+                for length, how in itertools.product(range(0, len(data), seeds(5, 1)), ("reset", "close")):
                     await cut_bytes(rig, rig.connect(), [data[:length]], how)
-            for length in range(0, len(data), 24):
-                async with Rig(api) as rig:
+            for length in range(0, len(data), seeds(96, 24)):
+                async with Rig(state) as rig:
                     await cut_bytes(rig, rig.connect(), [data[:length]], "server")
             assert book.count(hotkey) == 0, "none was whole"
-            async with Rig(api) as rig:
+            async with Rig(state) as rig:
                 await cut_bytes(rig, rig.connect(), [data], "close")
                 await rig.idle()
             assert book.count(hotkey) == (kind != "refused")
@@ -251,13 +253,13 @@ def test_every_byte_of_a_handshake(small_store: Path, tmp_path: Path) -> None:
         return peer, [(last + peer.sealed(get))[:length]], length >= len(last) + len(get)
 
     async def main() -> None:
-        async with opened(small_store, tmp_path) as (api, _, _):
+        async with opened(small_store, tmp_path) as (state, _, _):
             for flight in (hello, finished):
-                for how, step in (("reset", 7), ("close", 13), ("server", 60)):
+                for how, step in (("reset", seeds(31, 7)), ("close", seeds(37, 13)), ("server", seeds(200, 60))):
                     async with AsyncExitStack() as stack:
                         for length in itertools.count(0, step):
                             if not length or how == "server":
-                                rig = await stack.enter_async_context(Rig(api, tls=tmp_path))
+                                rig = await stack.enter_async_context(Rig(state, tls=tmp_path))
                             peer, pieces, over = await flight(rig, length)
                             await cut_bytes(rig, peer, pieces, how)
                             if over:

@@ -21,14 +21,14 @@ from typing import Any
 import pytest
 import uvloop
 
-from bzstream.api.app import Api
+from bzstream.api.state import WorkerState
 from bzstream.http.send.fair_queue import FairQueue
 from bzstream.http.send.read_ahead import ReadAhead
 from bzstream.http.send.sender import MAX_DEDICATED, Sender
 from bzstream.http.send.transfer import Transfer, TransferState
 from bzstream.model import publish
 from bzstream.payload import UnitFile
-from tests.api.cutting import AUTH, ENDINGS, Rig, open_api, until
+from tests.api.cutting import AUTH, ENDINGS, Rig, open_state, until
 from tests.model import build
 
 HOTKEY = "5FHneW46xGXgs5mUiveU4sbTyGBzmstUspZC92UhjJM694ty"
@@ -150,9 +150,9 @@ def test_every_turn_of_a_download(tls: bool, alone: bool, slices: Path, tmp_path
         assert record.sent <= record.length == len(truth)
         assert scissors.reached or record.complete
 
-    async def every(api: Api, how: str) -> int:
+    async def every(state: WorkerState, how: str) -> int:
         """The number of moments, each of which was tried."""
-        snapshot = api._state.snapshots.current
+        snapshot = state.snapshots.current
         assert snapshot is not None
         truth = snapshot.units["partial/0"].enveloped.read()
         async with AsyncExitStack() as stack:
@@ -160,7 +160,7 @@ def test_every_turn_of_a_download(tls: bool, alone: bool, slices: Path, tmp_path
                 if not at or how == "server":
                     make_sender = partial(scissors.make_sender, alone=alone)
                     rig = await stack.enter_async_context(
-                        Rig(api, tls=tmp_path if tls else None, make_sender=make_sender)
+                        Rig(state, tls=tmp_path if tls else None, make_sender=make_sender)
                     )
                 await cut_off(rig, truth, how, at)
                 if not scissors.reached:
@@ -168,9 +168,9 @@ def test_every_turn_of_a_download(tls: bool, alone: bool, slices: Path, tmp_path
         raise AssertionError
 
     async def main() -> None:
-        async with open_api(slices, tmp_path) as api:
+        async with open_state(slices, tmp_path) as state:
             for how in ENDINGS:
-                assert await every(api, how) > (10 if alone else 20)
+                assert await every(state, how) > (10 if alone else 20)
 
     uvloop.run(main())
     # A transfer that has a thread to itself waits in it, and is ready or blocked again only by chance.

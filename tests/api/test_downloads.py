@@ -237,10 +237,29 @@ def test_the_full_manifest_has_no_offset(node: Node) -> None:
     assert manifest["chunks"][-1] == blake3(body[8388608 * (len(manifest["chunks"]) - 1) :]).hexdigest()
 
 
+def test_a_cache_keeps_groups_apart(node: Node) -> None:
+    """One URL stands for every group: every answer that depends on the group says so."""
+    etag = node.request("HEAD", "/model/partial", node.headers(0)).headers["ETag"]
+    for path in ("/model/partial", "/model/partial?format=safetensors", "/model/partial/manifest"):
+        for method, more in (
+            ("GET", {}),
+            ("HEAD", {}),
+            ("GET", {"Range": "bytes=0-9"}),
+            ("GET", {"Range": "bytes=0-9,20-29"}),
+            ("GET", {"If-None-Match": etag}),
+        ):
+            answer = node.request(method, path, {**node.headers(0), **more})
+            assert answer.status in (200, 206, 304)
+            assert answer.headers["Vary"] == "X-Expert-Group", (path, method, more)
+    for path in ("/model/shared", "/model/shared/manifest", "/model"):
+        assert node.get(path, node.headers(0)).headers["Vary"] is None
+
+
 def test_the_index_lists_every_unit(node: Node) -> None:
     index = node.get("/model", BEARER).json
-    assert index["current"] == VERSION
+    assert (index["current"], index["validator_hotkey"]) == (VERSION, None)
     (version,) = index["versions"]
+    assert version["signed"] is False
     assert (version["model_version"], version["block_number"]) == (VERSION, BLOCK)
     listed = {(u["unit"], u["expert_group"]): u for u in version["units"]}
     assert set(listed) == {("shared", None), ("full", None), *(("partial", g) for g in range(GROUPS))}
