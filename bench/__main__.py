@@ -26,7 +26,6 @@ import psutil
 from rich.console import Console
 
 from bench import machine, plots, report
-from bench.dialects import translate
 from bench.rows import Outcome, read_outcome, unjudged
 
 __all__ = ["BENCHES", "document_of", "gather", "main"]
@@ -84,7 +83,7 @@ def gather(name: str, *, quick: bool, limit: float) -> Outcome:
             absent = any("ModuleNotFoundError" in line or "MissingPeer" in line for line in words)
             return Outcome(name, "absent" if absent else "failed", reason, seconds)
         try:
-            return read_outcome(name, translate(name, json.loads(result.read_text(encoding="utf-8"))), seconds)
+            return read_outcome(name, json.loads(result.read_text(encoding="utf-8")), seconds)
         except (ValueError, KeyError, TypeError) as error:
             return Outcome(name, "failed", f"its result cannot be read: {error!r}", seconds)
 

@@ -29,9 +29,10 @@ from bench.evaluate import make
 from bench.latency import discard, probe, result
 from bench.node import miners, serve
 from bench.peers.servers import Target
-from bench.rows import quantile, row_of
+from bench.rows import row_of
 from bench.serve import SLICE, UNLIMITED, fields_of
 from bzstream.demo.running_node import RunningNode, clean_environment, free_port
+from bzstream.util.statistics import quantile
 
 __all__ = ["measure"]
 

@@ -27,19 +27,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["run"]
+from bench.command import command
+from bench.rows import row_of
+
+__all__ = ["measure"]
 
 LARGE = {"hidden": 1024, "inner": 512, "layers": 11, "experts": 64}
 SMALL = {"hidden": 512, "inner": 256, "layers": 6, "experts": 64}
 GROUPS = 16
-"""As in the mission: a slice is a sixteenth of the experts."""
+"""As in Qwen3-VL-30B-A3B: a slice is a sixteenth of the experts."""
 WINDOWS, TOKENS = 1, 32
 """Short windows: the forward pass is the same on both sides and would only hide the difference."""
 ROUNDS, QUICK_ROUNDS = 5, 2
 
 
-def run(quick: bool, device: str = "cpu") -> list[dict[str, Any]]:
-    """The rows of the table: {"what", "value", "unit", "note"}."""
+def measure(quick: bool, device: str = "cpu") -> dict[str, Any]:
+    """Rows."""
     place = Path(tempfile.mkdtemp(prefix="bzstream-bench-evaluate-"))
     try:
         _side("make", place, quick, device)
@@ -54,9 +57,9 @@ def run(quick: bool, device: str = "cpu") -> list[dict[str, Any]]:
         _row("model", model / gigabyte, "GB", f"slice {piece / 1e6:.0f} MB, {WINDOWS} window of {TOKENS} tokens"),
         _row("deepcopy + load_state_dict, file to loss", theirs["file_to_loss"], "s"),
         _row("resident, file to loss", ours["file_to_loss"], "s", "checked, staged, put on, run"),
-        _row("ratio", theirs["file_to_loss"] / ours["file_to_loss"], "x", "" if quick else "to reach: 5"),
+        _row("ratio", theirs["file_to_loss"] / ours["file_to_loss"], "x", target="" if quick else ">= 5"),
         _row("resident, everything", ours["everything"], "s", "and sketched and taken off: ready for the next"),
-        *[_row(f"  of it: {name}", value, "s") for name, value in ours["steps"].items()],
+        *[_row(f"of it: {name}", value, "s") for name, value in ours["steps"].items()],
     ]
     if device == "cpu":
         limit = model + 3 * piece
@@ -66,7 +69,7 @@ def run(quick: bool, device: str = "cpu") -> list[dict[str, Any]]:
                 "resident, peak memory",
                 ours["peak"] / gigabyte,
                 "GB",
-                "" if quick else f"to stay under: {limit / gigabyte:.2f}",
+                target="" if quick else f"< {limit / gigabyte:.2f}",
             ),
         ]
     else:
@@ -75,17 +78,18 @@ def run(quick: bool, device: str = "cpu") -> list[dict[str, Any]]:
             _row("slice / bandwidth", piece / ours["bandwidth"], "s", "what the bus alone would take"),
             _row("model not scoring between two submissions", ours["idle"], "s", "the next one was staged meanwhile"),
         ]
-    return rows
+    return {"rows": rows}
 
 
-def _row(what: str, value: float, unit: str, note: str = "") -> dict[str, Any]:
-    return {"what": what, "value": value, "unit": unit, "note": note}
+def _row(name: str, value: float, unit: str, note: str = "", target: str = "") -> dict[str, Any]:
+    more: dict[str, Any] = {"note": note} if note else {}
+    return row_of(name, unit, [value], target=target, **more)
 
 
 def _side(name: str, place: Path, quick: bool, device: str) -> dict[str, Any]:
     """Run one side in a process of its own, so that neither inherits the other's memory."""
-    command = [sys.executable, "-m", "bench.evaluate", "--side", name, "--place", str(place), "--device", device]
-    result = subprocess.run([*command, *["--quick"] * quick], stdout=subprocess.PIPE, text=True, check=True)
+    words = [sys.executable, "-m", "bench.evaluate", "--side", name, "--place", str(place), "--device", device]
+    result = subprocess.run([*words, *["--quick"] * quick], stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return found
 
@@ -248,22 +252,20 @@ def _peak() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small model")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="also write the rows there")
-    parser.add_argument("--side", choices=["make", "resident", "deepcopy"], help=argparse.SUPPRESS)
-    parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.side:
-        side = {"make": make, "resident": resident, "deepcopy": deepcopy}[options.side]
-        print(json.dumps(side(options.place, options.quick, options.device)))
+    def options(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--device", default="cpu")
+
+    if "--side" not in sys.argv:
+        command("evaluate", __doc__, measure, options)
         return
-    rows = run(options.quick, options.device)
-    for row in rows:
-        print(f"{row['what']:44} {row['value']:9.3f} {row['unit']:5} {row['note']}")
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    parser = argparse.ArgumentParser()
+    options(parser)
+    parser.add_argument("--side", choices=["make", "resident", "deepcopy"])
+    parser.add_argument("--place", type=Path)
+    parser.add_argument("--quick", action="store_true")
+    own = parser.parse_args()
+    side = {"make": make, "resident": resident, "deepcopy": deepcopy}[own.side]
+    print(json.dumps(side(own.place, own.quick, own.device)))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ shares of the time say who was the bottleneck: where the driver computed all the
 for the node, the node was; where it did neither, both waited for cores.
 
 A slice must be large beside what the node sends until it has read the last of 256 requests: at 10 GB/s 32 MB go out in
-3 ms, so whoever asks first could have everything before the last has asked. The mission's slices take 0.4 s each.
+3 ms, so whoever asks first could have everything before the last has asked. A slice of Qwen3-VL-30B-A3B takes 0.4 s.
 
 Before them a window that is not timed compares what sixteen miners (one a group) and all that resumed have received
-with the published files, byte by byte. The figures of a window are then extrapolated, on paper, to the mission's.
+with the published files, byte by byte. The figures of a window are then extrapolated, on paper, to Qwen3-VL-30B-A3B.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ from typing import Any, Literal
 from bench.command import command
 from bench.native import compiled
 from bench.node import Miner, cost, miners, publish_slices, serve
-from bench.rows import jain, quantile, row_of
+from bench.rows import row_of
 from bzstream.demo.running_node import RunningNode
+from bzstream.util.statistics import jain, quantile
 
-__all__ = ["Play", "Result", "Window", "extrapolate", "habits", "measure", "run"]
+__all__ = ["Play", "Result", "Window", "extrapolate", "habits", "measure"]
 
 GROUPS, FLEET, GREEDY = 16, 256, 64
 GREEDY_CONNECTIONS = 16
@@ -259,12 +260,6 @@ def measure(quick: bool) -> dict[str, Any]:
     }
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
-    """The rows of `measure`."""
-    rows: list[dict[str, Any]] = measure(quick)["rows"]
-    return rows
-
-
 def _cpu_per_gb(window: Window) -> float:
     return window.cpu / (window.bytes / 1e9)
 
@@ -308,7 +303,7 @@ def _rows(
 
 
 SLICE_GB, SHARED_GB, PHASE_S = 3.62, 4.2, 240.0
-"""The mission: Qwen3-VL-30B-A3B, 8 of 128 experts a group, bf16; 20 blocks of 12 s."""
+"""Qwen3-VL-30B-A3B: 8 of 128 experts a group, bf16; 20 blocks of 12 s."""
 LINE_GBIT = 100.0
 GOODPUT = 1448 / 1538
 """Payload of a full TCP segment over its bytes on the wire: 1,500 of MTU with 52 of headers (timestamps on), and 38
@@ -316,7 +311,7 @@ of Ethernet framing, preamble and gap."""
 
 
 def extrapolate(*, rate: float, cpu_per_gb: float) -> str:
-    """The mission's window on paper, from a measured `rate` (bytes a second) and CPU seconds per GB."""
+    """A distribute phase of Qwen3-VL-30B-A3B on paper, from a `rate` (bytes a second) and CPU seconds per GB."""
     slices, shared = FLEET * SLICE_GB, FLEET * SHARED_GB
     line = LINE_GBIT / 8 * GOODPUT
     both = slices + shared

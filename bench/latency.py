@@ -14,7 +14,6 @@ of a process that only naps, and the time that the hypervisor took (watch.py). T
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -22,18 +21,22 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+from bench.command import command
 from bench.native import compiled as compiled_here
 from bench.peers.servers import Target, compiled, peak_memory, serving
-from bench.rows import quantile
+from bench.rows import ratio_of, row_of
 from bench.serve import FILE_SIZE, QUICK_FILE_SIZE, RANGE, warm_file
 from bench.watch import watching
 
 CORE = "http core"
 """bzstream's HTTP core over a file, in `peers/tiny.py`."""
 PEER = "nginx aio"
+OURS = "bzstream"
 SILENCE = Path(__file__).with_name("silence.c")
 FEW = 100
 """Descriptors of a worker that serves next to nobody, at most."""
@@ -111,31 +114,51 @@ def under_load(name: str, file: Path, folder: Path, count: int, cold: bool, seco
         return {**found, **machine, **stall, "gb_s": moved["bytes"] / moved["seconds"] / 1e9}
 
 
-def loads(file: Path, folder: Path, counts: list[int], seconds: float, rounds: int) -> list[dict[str, object]]:
-    """`under_load` of us and of nginx by turns: a row each, whose figures are lists with one value a round."""
-    rows: list[dict[str, object]] = []
+def loads(
+    file: Path, folder: Path, counts: list[int], seconds: float, rounds: int
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """`under_load` of us and of nginx by turns: rows, and what is missing."""
+    rows: list[dict[str, Any]] = []
+    missing: list[str] = []
     for cold in (False, True):
         for count in counts:
             windows: dict[str, list[dict[str, float]]] = {CORE: [], PEER: []}
-            errors: dict[str, str] = {}
             for turn in range(rounds):
                 for server in list(windows)[:: -1 if turn % 2 else 1]:
                     try:
                         windows[server].append(under_load(server, file, folder, count, cold, seconds))
                     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-                        errors[server] = str(error)
-            for server, taken in windows.items():
-                label = "bzstream" if server == CORE else server
-                row: dict[str, object] = {"what": "health", "server": label, "downloads": count, "cold": cold}
-                if server in errors:
-                    row["error"] = errors[server]
-                else:
-                    row |= {part: [window[part] for window in taken] for part in taken[0]}
-                rows.append(row)
+                        missing.append(f"{server}: {error}")
+            label = f"beside {count} downloads, {'cold' if cold else 'warm'}"
+            rows += load_rows(label, windows[CORE], windows[PEER] if cold else [])
+            rows += load_rows(label, windows[PEER], [], subject=PEER)
+    return rows, missing
+
+
+def load_rows(
+    label: str, windows: Sequence[Mapping[str, float]], peer: Sequence[Mapping[str, float]], subject: str = OURS
+) -> list[dict[str, Any]]:
+    """The rows of what `under_load` found, a window a round. `peer`: the same rounds of nginx, to be compared with."""
+    if not windows:
+        return []
+    of = {part: [window[part] for window in windows] for part in windows[0]}
+    ours = subject == OURS
+    ratio = ratio_of(of["gb_s"], [window["gb_s"] for window in peer]) if peer else None
+    compared: dict[str, Any] = {"peer": PEER, "ratio": ratio, "target": ">= 0.9"} if peer else {}
+    rows = [
+        row_of(f"/health p50 {label}", "ms", of["p50"], subject=subject),
+        row_of(f"/health p99 {label}", "ms", of["p99"], subject=subject, target="<= 20" if ours else ""),
+        row_of(f"downloads {label}", "GB/s", of["gb_s"], subject=subject, **compared),
+    ]
+    if "stall_ms" in of:
+        rows.append(row_of(f"longest stall of the loop {label}", "ms", of["stall_ms"], target="<= 20"))
+    if "nap_ms" in of:
+        rows.append(row_of(f"machine: longest oversleep {label}", "ms", of["nap_ms"], subject=subject))
+        rows.append(row_of(f"machine: stolen {label}", "share", of["steal"], subject=subject))
     return rows
 
 
-def memory(file: Path, folder: Path) -> dict[str, object]:
+def memory(file: Path, folder: Path) -> list[dict[str, Any]]:
     """Resident bytes of a worker, and what a connection adds to it."""
     with serving(CORE, file, folder) as target, ExitStack() as stack:
         probe(target, folder, 0.2)
@@ -153,13 +176,14 @@ def memory(file: Path, folder: Path) -> dict[str, object]:
             client.sendall(b"GET /file HTTP/1.1\r\nHost: x\r\n\r\n")
             assert client.recv(4096).startswith(b"HTTP/1.1 200")
         now = resident(target.pid)
-        return {
-            "what": "memory", "idle_kib": idle / 1024, "download_kib": (now - before) / 500 / 1024,
-            "worker_mib_500_downloads": peak_memory(target.pid) / 2**20,
-        }  # fmt: skip
+        return [
+            row_of("memory of an idle connection", "KiB", [idle / 1024], target="<= 24"),
+            row_of("memory of a download", "KiB", [(now - before) / 500 / 1024], target="<= 48"),
+            row_of("memory of a worker with 500 downloads", "MiB", [peak_memory(target.pid) / 2**20], target="< 80"),
+        ]
 
 
-def fairness(file: Path, folder: Path, seconds: float, rounds: int) -> dict[str, object]:
+def fairness(file: Path, folder: Path, seconds: float, rounds: int) -> list[dict[str, Any]]:
     """Jain's index over 64 miners, every second one with 16 connections: told apart by name, and as one caller."""
     named: list[dict[str, float]] = []
     nameless: list[dict[str, float]] = []
@@ -168,10 +192,11 @@ def fairness(file: Path, folder: Path, seconds: float, rounds: int) -> dict[str,
             with serving(CORE, file, folder) as target:
                 load = discard(target, folder, 32 + 32 * 16, seconds, *headers, miners="1,16")
                 windows.append(result(load))
-    return {
-        "what": "fairness", "jain": [one["jain"] for one in named], "nameless": [one["jain"] for one in nameless],
-        "spread": [one["fastest"] / max(one["slowest"], 1) for one in named],
-    }  # fmt: skip
+    name = "64 miners, half with 1 connection, half with 16: Jain's index"
+    return [
+        row_of(name, "", [one["jain"] for one in named], target=">= 0.97"),
+        row_of(f"{name} when they are one caller", "", [one["jain"] for one in nameless]),
+    ]
 
 
 def silence(target: Target, size: int) -> subprocess.Popen[str]:
@@ -192,7 +217,7 @@ def descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-def crowd(file: Path, folder: Path, seconds: float, size: int, rounds: int, patience: float) -> dict[str, object]:
+def crowd(file: Path, folder: Path, seconds: float, size: int, rounds: int, patience: float) -> list[dict[str, Any]]:
     """`size` connections that send nothing or a byte a second, beside eight downloads; and those downloads alone.
 
     The last crowd stays until the server's time-outs have ended it, for `patience` seconds at most; the others leave.
@@ -222,47 +247,44 @@ def crowd(file: Path, folder: Path, seconds: float, size: int, rounds: int, pati
                 silent.communicate(timeout=60)
             while descriptors(target.pid) > FEW and time.monotonic() < begun + 90:
                 time.sleep(0.1)
-    ends = {"gone_after_s": gone, "descriptors_left": left} if patience else {}
-    return {
-        "what": "crowd", "connections": size, "downloads_of_alone": quantile(shares, 0.5), "shares": shares,
-        "p99": quantile([one["p99"] for one in latencies], 0.5), "p99s": [one["p99"] for one in latencies],
-        "max": max(one["max"] for one in latencies), "nap_ms": max(one["nap_ms"] for one in machines),
-        **ends,
-    }  # fmt: skip
+    naps = [one["nap_ms"] for one in machines]
+    rows = crowd_rows(size, shares, [one["p99"] for one in latencies], naps)
+    if patience:
+        label = f"{size:,} silent connections"
+        rows.append(row_of(f"{label}: the last was closed after", "s", [gone]))
+        rows.append(row_of(f"{label}: descriptors left then", "", [left], target="<= 100"))
+    return rows
 
 
-def run(quick: bool = False) -> list[dict[str, object]]:
-    """All measurements, as rows."""
+def crowd_rows(size: int, shares: list[float], p99s: list[float], naps: list[float]) -> list[dict[str, Any]]:
+    """What `size` silent connections did to the others, a value a round."""
+    label = f"beside {size:,} silent connections"
+    return [
+        row_of(f"downloads {label}, of those alone", "x", shares, target=">= 0.95"),
+        row_of(f"/health p99 {label}", "ms", p99s, target="<= 20"),
+        row_of(f"machine: longest oversleep {label}", "ms", [max(naps)]),
+    ]
+
+
+def measure(quick: bool = False) -> dict[str, Any]:
+    """Rows, and what is missing."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     seconds = 1.0 if quick else 5.0
     counts = [64] if quick else [64, 256, 1000]
     crowd_size = 1000 if quick else min(10_000, hard - 1000)
-    rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory(prefix="bench-latency-") as name:
         folder = Path(name)
         file = warm_file(folder, QUICK_FILE_SIZE if quick else FILE_SIZE)
-        rows += loads(file, folder, counts, 1.0 if quick else 3.0, 1 if quick else 3)
-        rows.append(memory(file, folder))
-        rows.append(fairness(file, folder, seconds, 1 if quick else 3))
-        rows.append(crowd(file, folder, seconds, crowd_size, *((1, 0.0) if quick else (3, 60.0))))
-    return rows
+        rows, missing = loads(file, folder, counts, 1.0 if quick else 3.0, 1 if quick else 3)
+        rows += memory(file, folder)
+        rows += fairness(file, folder, seconds, 1 if quick else 3)
+        rows += crowd(file, folder, seconds, crowd_size, *((1, 0.0) if quick else (3, 60.0)))
+    return {"rows": rows, "missing": missing}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Latency, memory and fairness under load.")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    rows = run(options.quick)
-    for row in rows:
-        print(
-            "  ".join(
-                f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
-            )
-        )
-    if options.json:
-        options.json.write_text(json.dumps(rows))
+    command("latency", __doc__, measure)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.machine import in_words
-from bench.rows import Row, margin, quantile, read_row
+from bench.rows import Row, margin, read_row
+from bzstream.util.statistics import quantile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

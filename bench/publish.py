@@ -10,7 +10,6 @@ Memory is the peak resident size of the publishing process, at two sizes of mode
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -24,12 +23,14 @@ from typing import Any
 
 import numpy as np
 
+from bench.command import command
+from bench.rows import row_of
 from bzstream.tensorfile import arrange, build_head, tensor_bytes
 
-__all__ = ["run"]
+__all__ = ["measure"]
 
 LAYER_EXPERTS, HIDDEN, INNER, GROUPS = 32, 2048, 768, 8
-"""Of the mission's model, with fewer experts: one layer is 302 MB of bf16."""
+"""Of Qwen3-VL-30B-A3B, with fewer experts: one layer is 302 MB of bf16."""
 
 LAYER_BYTES = LAYER_EXPERTS * 3 * HIDDEN * INNER * 2
 
@@ -126,12 +127,8 @@ def stored(store: Path) -> int:
     return sum(files.values())
 
 
-def row(name: str, value: float, unit: str, target: str, met: bool) -> dict[str, Any]:
-    return {"name": name, "value": round(value, 4), "unit": unit, "target": target, "met": met}
-
-
-def run(quick: bool = False, folder: Path | None = None) -> list[dict[str, Any]]:
-    """Measure; rows of name, value, unit, target and whether it was met."""
+def measure(quick: bool = False, folder: Path | None = None) -> dict[str, Any]:
+    """Rows. `folder`: on the disk to measure."""
     sizes = (0.3e9,) if quick else (1.2e9, 4.6e9)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="bzstream-bench-", dir=folder) as name:
@@ -150,39 +147,34 @@ def run(quick: bool = False, folder: Path | None = None) -> list[dict[str, Any]]
                 turns["bzstream"].append(seconds)
             speed = {tool: total / 1e9 / statistics.median(times) for tool, times in turns.items()}
             slower = min(speed["cp"], speed["sha256sum"])
-            rows += [row(f"{tool}, {label}", value, "GB/s", "", True) for tool, value in speed.items()]
+            rows += [row_of(f"{tool}, {label}", "GB/s", [value]) for tool, value in speed.items()]
             ratio = speed["bzstream"] / slower
-            rows.append(row(f"publish / slower of cp and sha256sum, {label}", ratio, "x", ">= 0.9", ratio >= 0.9))
-            peak = report["peak"] / 2**20
-            rows.append(row(f"peak memory, {label}", peak, "MiB", "< 300", peak < 300))
-            written = stored(work / "store") / total
-            rows.append(row(f"bytes written / model, {label}", written, "x", "<= 1.01", written <= 1.01))
+            rows += [
+                row_of(f"publish / slower of cp and sha256sum, {label}", "x", [ratio], target=">= 0.9"),
+                row_of(f"peak memory, {label}", "MiB", [report["peak"] / 2**20], target="< 300"),
+                row_of(f"bytes written / model, {label}", "x", [stored(work / "store") / total], target="<= 1.01"),
+            ]
             change_one_expert(source)
             before = stored(work / "store")
             seconds, report = publish(source, work / "store", "changed")
             changed = [unit["unit"] for unit in report["units"] if unit["file"] and not unit["linked"]]
             grown = (stored(work / "store") - before) / total
             alone = changed == ["partial/0"]
-            rows.append(row(f"one group of {GROUPS} changed: written, {label}", grown, "x", "only its file", alone))
-            rows.append(row(f"one group of {GROUPS} changed, {label}", total / 1e9 / seconds, "GB/s", "", True))
+            changes = row_of(f"one group of {GROUPS} changed: written, {label}", "x", [grown], target="only its file")
+            rows.append({**changes, "met": alone})
+            rows.append(row_of(f"one group of {GROUPS} changed, {label}", "GB/s", [total / 1e9 / seconds]))
             shutil.rmtree(work / "store")
             shutil.rmtree(source)
-    return rows
+    return {"rows": rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--folder", type=Path, help="where to work: the disk to measure")
-    arguments = parser.parse_args()
-    rows = run(arguments.quick, arguments.folder)
-    for entry in rows:
-        mark = "" if not entry["target"] else "ok" if entry["met"] else "MISSED"
-        print(f"{entry['name']:<60} {entry['value']:>10.3f} {entry['unit']:<5} {entry['target']:<14} {mark}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2))
-    sys.exit(0 if all(entry["met"] for entry in rows) else 1)
+    command(
+        "publish",
+        __doc__,
+        measure,
+        lambda parser: parser.add_argument("--folder", type=Path, help="where to work: the disk to measure"),
+    )
 
 
 if __name__ == "__main__":

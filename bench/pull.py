@@ -17,7 +17,6 @@ The link: network namespaces, 80 ms round trip, 0.1% loss each way, 1 Gbit/s, th
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.util
 import json
@@ -37,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.alone import HOTKEY, MIB
+from bench.command import command
 from bench.native import MissingPeer
 from bench.node import publish_slices
 from bench.peers.servers import cpu_seconds
@@ -44,7 +44,7 @@ from bench.rows import row_of
 from bench.wan import wide_area
 from bzstream.demo.running_node import clean_environment, running_node
 
-__all__ = ["run"]
+__all__ = ["measure"]
 
 TOKEN = secrets.token_hex(32)
 LIMIT = "start, then disk alone"
@@ -54,8 +54,8 @@ WAN_SIZE = 128 * MIB
 """A single stream takes two minutes for it."""
 
 
-def run(quick: bool = False, only: Sequence[str] = PARTS) -> dict[str, Any]:
-    """Rows, notes and what was missing, as `bench.rows.read_outcome` takes them."""
+def measure(quick: bool = False, only: Sequence[str] = PARTS) -> dict[str, Any]:
+    """Rows, notes and what was missing. `only`: the parts to measure."""
     size = 512 * MIB if quick else 2048 * MIB
     rounds = 2 if quick else 5
     rows: list[dict[str, Any]] = []
@@ -354,27 +354,16 @@ def inner(fetch: Fetch, what: str) -> tuple[Figures, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="512 MiB and fewer rounds")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas")
-    options = parser.parse_args()
     # A bench that is ended from outside still takes its namespaces and files away.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    result = run(options.quick, options.only.split(","))
-    for row in result["rows"]:
-        ratio = f"{row['ratio']:6.2f} x {row['peer']:15}" if row["ratio"] is not None else " " * 24
-        verdict = {True: "met", False: "NOT MET", None: ""}[row["met"]] if row["target"] else ""
-        spread = f"({row['low']:.3g}-{row['high']:.3g})" if row["low"] is not None else ""
-        print(
-            f"{row['name']:48} {row['subject']:16} {row['median']:9.3f} {row['unit']:5} {spread:16} {ratio} "
-            f"{row['target']:8} {verdict}"
-        )
-    for line in (*result["missing"], result["notes"]):
-        if line:
-            print(line)
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=2), encoding="utf-8")
+    command(
+        "pull",
+        __doc__,
+        measure,
+        lambda parser: parser.add_argument(
+            "--only", type=lambda text: text.split(","), default=PARTS, help=f"some of {','.join(PARTS)}"
+        ),
+    )
 
 
 if __name__ == "__main__":

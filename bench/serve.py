@@ -6,7 +6,7 @@ the client, and a single wrong one fails the row. Up to eight connections ask fo
 64 MiB, so that answers also end while it is measured.
 
 `bzstream` is the whole node, `bzstream serve` with its supervisor, chain role, tokens, logs and metrics, and its CPU is
-that of all its processes; `http core` is its HTTP room alone. The file is the slice that the node serves.
+that of all its processes; `http core` is its `http` package alone. The file is the slice that the node serves.
 `--url` adds a server that is already running: `--url http://127.0.0.1:8000/model/partial --header
 'Authorization: Bearer …' --pid PID`.
 """
@@ -16,23 +16,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+from bench.command import command
 from bench.node import Miner, miners, publish_slices, serve
 from bench.peers.servers import PEERS, Target, compiled, cpu_seconds, peak_memory, serving
+from bench.rows import ratio_of, row_of
+from bzstream.util.statistics import quantile
 
 FILE_SIZE, QUICK_FILE_SIZE = 2 << 30, 256 << 20
 RANGE = 64 << 20
 HEALTH_PATH = "/health"
-NODE = "bzstream"
+NODE, LIMIT = "bzstream", "C sendfile"
 ROUNDS = {"discard": 5, "copy": 3, "health": 3}
 """Kind of client -> rounds: what is judged is measured most often, and all of it takes eleven minutes."""
 FAR, FAR_ROUNDS = ("nginx buffers", "granian", "aiohttp", "FastAPI"), 3
@@ -45,8 +48,8 @@ UNLIMITED = {"BZ_HTTP_MAX_CONNECTIONS_PER_CALLER": "100000", "BZ_HTTP_MAX_CONNEC
 
 
 @dataclass
-class Row:
-    """One server at one number of connections, over all rounds."""
+class Measurement:
+    """One server at one number of connections with one kind of client, over all rounds."""
 
     server: str
     connections: int
@@ -60,16 +63,8 @@ class Row:
     peak_mib: float = 0.0
     error: str = ""
 
-    @property
-    def rate(self) -> float:
-        return statistics.median(self.rates) if self.rates else 0.0
 
-    @property
-    def cost(self) -> float:
-        return statistics.median(self.costs) if self.costs else 0.0
-
-
-def measure(row: Row, target: Target, seconds: float, folder: Path) -> None:
+def measure_round(row: Measurement, target: Target, seconds: float, folder: Path) -> None:
     """One round: add its figures, or its error, to the row."""
     if row.client == "health":
         with urlopen(f"http://{target.host}:{target.port}{HEALTH_PATH}", timeout=10) as answer:
@@ -134,13 +129,13 @@ def run(
     rounds: int | None = None,
     seconds: float | None = None,
     external: dict[str, Target] | None = None,
-) -> list[Row]:
+) -> list[Measurement]:
     """Measure; a row per server, number of connections and kind of client. What is not installed has an error."""
     names = names if names is not None else [NODE, *PEERS]
     counts = counts or ([8] if quick else [1, 8, 64, 256, 1000])
     clients = clients or (["discard"] if quick else ["discard", "copy"])  # for small requests there is bench.small
     seconds = seconds or (0.4 if quick else 1.2)
-    rows: list[Row] = []
+    rows: list[Measurement] = []
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-serve-")))
         file = warm_file(folder, QUICK_FILE_SIZE if quick else FILE_SIZE)
@@ -150,74 +145,114 @@ def run(
                 started = whole_node(file) if name == NODE else serving(name, file, folder)
                 targets[name] = stack.enter_context(started)
             except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-                rows.append(Row(name, 0, "", error=str(error)))
+                rows.append(Measurement(name, 0, "", error=str(error)))
         for client in clients:
             for count in [8] if client == "health" else counts:
-                batch = [Row(name, count, client) for name in targets if (client, name) != ("health", "C sendfile")]
+                batch = [
+                    Measurement(name, count, client) for name in targets if (client, name) != ("health", "C sendfile")
+                ]
                 for number in range(rounds or (1 if quick else ROUNDS[client])):
                     # Forward and backward by turns, so that a slow drift of the machine favours nobody.
                     for row in batch if number % 2 == 0 else reversed(batch):
                         if not row.error and (rounds or row.server not in FAR or number < FAR_ROUNDS):
-                            measure(row, targets[row.server], seconds * (2 if count >= MANY else 1), folder)
+                            measure_round(row, targets[row.server], seconds * (2 if count >= MANY else 1), folder)
                 rows += batch
     return rows
 
 
-def show(rows: list[Row]) -> None:
-    """The table, and where bzstream stands to the others."""
-    print(f"{'server':16} {'client':8} {'conns':>5} {'rate':>9} {'spread':>15} {'CPU s/GB':>9} {'jain':>6} {'MiB':>6}")
-    for row in rows:
-        if row.error:
-            print(f"{row.server:16} {row.client:8} {row.connections:5} {row.error[:90]}")
-            continue
-        spread = f"{min(row.rates):.2f}-{max(row.rates):.2f}" if row.client != "health" else ""
-        jain = f"{min(row.jain):.3f}" if row.jain else ""
-        print(
-            f"{row.server:16} {row.client:8} {row.connections:5} {row.rate:9.2f} {spread:>15} {row.cost:9.4f} "
-            f"{jain:>6} {row.peak_mib:6.0f}"
+def report(measurements: Sequence[Measurement]) -> dict[str, Any]:
+    """Rows: every figure, and how bzstream compares with its peers; what is missing."""
+    rows: list[dict[str, Any]] = []
+    found = {(one.client, one.connections, one.server): one for one in measurements if one.rates}
+    for (client, connections, server), one in found.items():
+        health = client == "health"
+        name = "/health, keep-alive" if health else f"{connections} connections, {client}ing client"
+        facts: dict[str, Any] = {"connections": connections, "client": client, "peak_mib": one.peak_mib}
+        if one.jain:
+            facts["jain"] = min(one.jain)
+        rows += [
+            row_of(name, "1/s" if health else "GB/s", one.rates, subject=server, **facts),
+            row_of(f"{name}: server CPU", "s/1000" if health else "s/GB", one.costs, subject=server, **facts),
+        ]
+    missing = [f"{one.server}: {one.error}" for one in measurements if one.error]
+    return {"rows": rows + _comparisons(found), "missing": missing}
+
+
+def _comparisons(found: Mapping[tuple[str, int, str], Measurement]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+
+    def compare(what: str, connections: int, peer: str, target: str, *, at: int = 0, subject: str = NODE) -> None:
+        ours, theirs = found.get(("discard", connections, subject)), found.get(("discard", at or connections, peer))
+        if ours is None or theirs is None:
+            return
+        speed = what == "speed"
+        mine, others = (ours.rates, theirs.rates) if speed else (ours.costs, theirs.costs)
+        rows.append(
+            row_of(
+                f"{what} at {connections:,} connections",
+                "GB/s" if speed else "s/GB",
+                mine,
+                subject=subject,
+                peer=f"its own at {at}" if at else peer,
+                ratio=ratio_of(mine, others),
+                target=target,
+            )
         )
-    for client, count in dict.fromkeys((row.client, row.connections) for row in rows if row.rates):
-        these = {row.server: row for row in rows if (row.client, row.connections) == (client, count) and row.rates}
-        ours = these.pop(NODE, None)
-        if ours is not None and these:
-            ratios = ", ".join(f"{ours.rate / row.rate:.2f}x {name}" for name, row in these.items())
-            print(f"bzstream, {client}, {count} connections: {ratios}")
+
+    nginx = [server for client, count, server in found if (client, count) == ("discard", 8) and "nginx" in server]
+    best = max(nginx, key=lambda server: quantile(found["discard", 8, server].rates, 0.5), default="nginx")
+    compare("speed", 8, LIMIT, ">= 0.95")
+    compare("speed", 8, best, ">= 1.2")
+    # What the limit has over nginx, so that one sees how much of that can be reached.
+    compare("speed", 8, best, "", subject=LIMIT)
+    compare("speed", 8, "FastAPI", ">= 5")
+    compare("speed", 256, NODE, ">= 0.9", at=8)
+    compare("speed", 1000, NODE, ">= 0.8", at=8)
+    compare("server CPU", 8, LIMIT, "<= 1.1")
+    compare("server CPU", 8, "FastAPI", "<= 0.5")
+    return rows
+
+
+def measure(
+    quick: bool, servers: str, connections: str, clients: str, rounds: int | None, seconds: float | None,
+    url: str, header: list[str], pid: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Rows, and what is missing; the parameters are the options of the command."""
+    external = {}
+    if url:
+        parts = urlsplit(url)
+        head = Request(url, method="HEAD", headers=dict(h.split(": ", 1) for h in header))
+        with urlopen(head, timeout=10) as answer:
+            size = int(answer.headers["Content-Length"])
+        path = parts.path + (f"?{parts.query}" if parts.query else "")
+        host, port = parts.hostname or "127.0.0.1", parts.port or 80
+        external["node"] = Target(host, port, path, size, pid or os.getpid(), tuple(header))
+    return report(
+        run(
+            quick,
+            names=servers.split(",") if servers else None,
+            counts=[int(text) for text in connections.split(",")] if connections else None,
+            clients=clients.split(",") if clients else None,
+            rounds=rounds,
+            seconds=seconds,
+            external=external,
+        )
+    )
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--servers", default="", help=f"comma-separated; default: {', '.join([NODE, *PEERS])}")
+    parser.add_argument("--connections", default="", help="comma-separated numbers")
+    parser.add_argument("--clients", default="", help="comma-separated: discard, copy, health")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--url", default="", help="a running server to measure as `node`")
+    parser.add_argument("--header", action="append", default=[], help="a request header for --url")
+    parser.add_argument("--pid", type=int, default=0, help="the process behind --url, for its CPU time")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Server throughput beside the peers.")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--servers", help=f"comma-separated; default: {', '.join([NODE, *PEERS])}")
-    parser.add_argument("--connections", help="comma-separated numbers")
-    parser.add_argument("--clients", help="comma-separated: discard, copy, health")
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--seconds", type=float)
-    parser.add_argument("--url", help="a running server to measure as `node`")
-    parser.add_argument("--header", action="append", default=[], help="a request header for --url")
-    parser.add_argument("--pid", type=int, help="the process behind --url, for its CPU time")
-    options = parser.parse_args()
-    external = {}
-    if options.url:
-        url = urlsplit(options.url)
-        head = Request(options.url, method="HEAD", headers=dict(h.split(": ", 1) for h in options.header))
-        with urlopen(head, timeout=10) as answer:
-            size = int(answer.headers["Content-Length"])
-        path = url.path + (f"?{url.query}" if url.query else "")
-        host, port = url.hostname or "127.0.0.1", url.port or 80
-        external["node"] = Target(host, port, path, size, options.pid or os.getpid(), tuple(options.header))
-    rows = run(
-        options.quick,
-        names=options.servers.split(",") if options.servers else None,
-        counts=[int(text) for text in options.connections.split(",")] if options.connections else None,
-        clients=options.clients.split(",") if options.clients else None,
-        rounds=options.rounds,
-        seconds=options.seconds,
-        external=external,
-    )
-    show(rows)
-    if options.json:
-        options.json.write_text(json.dumps([{**asdict(row), "rate": row.rate, "cost": row.cost} for row in rows]))
+    command("serve", __doc__, measure, _options)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from bench.command import command
 from bench.native import compiled
 from bench.node import publish_slices, serve
 from bench.peers.servers import serving
-from bench.rows import quantile, row_of
+from bench.rows import row_of
+from bzstream.util.statistics import quantile
 
 __all__ = ["measure"]
 

@@ -10,7 +10,6 @@ flood of badly signed submissions over 64 connections, while one asks for /healt
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import base64
 import json
@@ -19,7 +18,6 @@ import secrets
 import signal
 import socket
 import sqlite3
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,11 +31,14 @@ from typing import Any, cast
 import nacl.signing
 import uvloop
 
+from bench.command import command
+from bench.rows import ratio_of, row_of
 from bzstream.chain.keys import canonical_json, encode_hotkey
 from bzstream.demo.checkpoint import write_checkpoint
 from bzstream.demo.running_node import free_port, running_node
+from bzstream.util.statistics import quantile
 
-__all__ = ["run"]
+__all__ = ["measure"]
 
 CONNECTIONS = 64
 BLOCK = 12540
@@ -59,9 +60,6 @@ class Load:
     @property
     def rate(self) -> float:
         return self.accepted / self.seconds
-
-    def quantile(self, share: float) -> float:
-        return self.latencies[min(len(self.latencies) - 1, int(share * len(self.latencies)))]
 
 
 def signed_bodies(count: int) -> list[bytes]:
@@ -245,12 +243,8 @@ class _Bench:
         return load
 
 
-def _row(name: str, value: float, unit: str, target: str = "", met: bool = True) -> dict[str, Any]:
-    return {"name": name, "value": value, "unit": unit, "target": target, "met": met}
-
-
-def run(quick: bool, folder: Path | None = None) -> list[dict[str, Any]]:
-    """Measure; rows with name, value, unit, target and whether it is met. `folder`: on the disk to measure."""
+def measure(quick: bool, folder: Path | None = None) -> dict[str, Any]:
+    """Rows. `folder`: on the disk to measure."""
     turns, seconds = (1, 3.0) if quick else (3, 8.0)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="bzstream-bench-", dir=folder) as work:
@@ -262,12 +256,15 @@ def run(quick: bool, folder: Path | None = None) -> list[dict[str, Any]]:
                 for name, taken in loads.items():
                     taken.append(bench.turn(name, bodies, slow=slow))
             for name, taken in loads.items():
-                rows.append(_row(f"{name}, {label}", statistics.median(load.rate for load in taken), "202/s"))
-                p99 = 1000 * statistics.median(load.quantile(0.99) for load in taken)
-                bound = slow and name == "bzstream"
-                rows.append(_row(f"{name} p99, {label}", p99, "ms", "< 100" if bound else "", p99 < 100 or not bound))
-            ratio = statistics.median(ours.rate / theirs.rate for ours, theirs in zip(*loads.values(), strict=True))
-            rows.append(_row(f"bzstream / FastAPI + SQLite, {label}", ratio, "x", f">= {least:g}", ratio >= least))
+                p99 = [1000 * quantile(load.latencies, 0.99) for load in taken]
+                target = "< 100" if slow and name == "bzstream" else ""
+                rows += [
+                    row_of(f"{name}, {label}", "202/s", [load.rate for load in taken], subject=name),
+                    row_of(f"{name} p99, {label}", "ms", p99, subject=name, target=target),
+                ]
+            ours, theirs = ([load.rate for load in taken] for taken in loads.values())
+            ratio = ratio_of(ours, theirs)
+            rows.append(row_of(f"bzstream / FastAPI + SQLite, {label}", "x", [ratio], target=f">= {least:g}"))
         document = json.loads(bodies[0])
         document["block_number"] -= 1  # well formed, and not what was signed
         bad = _request("POST", "/submit", bench.token, json.dumps(document).encode())
@@ -275,25 +272,18 @@ def run(quick: bool, folder: Path | None = None) -> list[dict[str, Any]]:
             flood, health = uvloop.run(_flood(port, bad, bench.token, seconds))
         if set(flood.statuses) != {400}:
             raise RuntimeError(f"the flood was answered {flood.statuses}")
-        rows.append(_row("bad signatures refused", len(flood.latencies) / flood.seconds, "400/s"))
-        p99 = 1000 * health[int(0.99 * len(health))]
-        rows.append(_row("/health p99 meanwhile", p99, "ms", "< 20", p99 < 20))
-    return rows
+        rows.append(row_of("bad signatures refused", "400/s", [len(flood.latencies) / flood.seconds]))
+        rows.append(row_of("/health p99 meanwhile", "ms", [1000 * quantile(health, 0.99)], target="< 20"))
+    return {"rows": rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--folder", type=Path, help="where to work: the disk to measure")
-    arguments = parser.parse_args()
-    rows = run(arguments.quick, arguments.folder)
-    for entry in rows:
-        mark = "" if not entry["target"] else "ok" if entry["met"] else "MISSED"
-        print(f"{entry['name']:<60} {entry['value']:>10.1f} {entry['unit']:<6} {entry['target']:<8} {mark}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2))
-    sys.exit(0 if all(entry["met"] for entry in rows) else 1)
+    command(
+        "submissions",
+        __doc__,
+        measure,
+        lambda parser: parser.add_argument("--folder", type=Path, help="where to work: the disk to measure"),
+    )
 
 
 if __name__ == "__main__":

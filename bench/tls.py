@@ -23,8 +23,9 @@ from bench.command import command
 from bench.native import MissingPeer, compiled
 from bench.peers.servers import NGINX_MODES, Target, cpu_split, ended_children_cpu, nginx, serving
 from bench.peers.servers import compiled as compiled_peer
-from bench.rows import quantile, row_of
+from bench.rows import row_of
 from bench.serve import FILE_SIZE, QUICK_FILE_SIZE, warm_file, whole_node
+from bzstream.util.statistics import quantile
 
 __all__ = ["certificate", "measure"]
 

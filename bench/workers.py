@@ -17,8 +17,9 @@ from typing import Any
 
 from bench.command import command
 from bench.peers.servers import NGINX_MODES, Target, compiled, ended_children_cpu, nginx, serving
-from bench.rows import quantile, row_of
-from bench.serve import FILE_SIZE, QUICK_FILE_SIZE, Row, measure, warm_file, whole_node
+from bench.rows import row_of
+from bench.serve import FILE_SIZE, QUICK_FILE_SIZE, Measurement, measure_round, warm_file, whole_node
+from bzstream.util.statistics import quantile
 
 __all__ = ["measure_all"]
 
@@ -30,7 +31,7 @@ def measure_all(quick: bool) -> dict[str, Any]:
     """Rows, and what is missing."""
     seconds, rounds, counts = (0.3, 1, CONNECTIONS[:1]) if quick else (2.0, 3, CONNECTIONS)
     missing: list[str] = []
-    found: dict[tuple[str, int, int], Row] = {}
+    found: dict[tuple[str, int, int], Measurement] = {}
     busy: dict[tuple[str, int, int], list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="bzstream-bench-") as name, ExitStack() as stack:
         folder = Path(name)
@@ -48,9 +49,9 @@ def measure_all(quick: bool) -> dict[str, Any]:
             for server, workers in sorted(targets, reverse=bool(turn % 2)):
                 for connections in counts:
                     key = (server, workers, connections)
-                    row = found.setdefault(key, Row(server, connections, "discard"))
+                    row = found.setdefault(key, Measurement(server, connections, "discard"))
                     before, began = ended_children_cpu(), time.monotonic()
-                    measure(row, targets[server, workers], seconds, folder)
+                    measure_round(row, targets[server, workers], seconds, folder)
                     if row.error:
                         raise RuntimeError(f"{server}, {workers} workers: {row.error}")
                     busy.setdefault(key, []).append((ended_children_cpu() - before) / (time.monotonic() - began))
@@ -58,7 +59,7 @@ def measure_all(quick: bool) -> dict[str, Any]:
 
 
 def _rows(
-    found: dict[tuple[str, int, int], Row], busy: dict[tuple[str, int, int], list[float]]
+    found: dict[tuple[str, int, int], Measurement], busy: dict[tuple[str, int, int], list[float]]
 ) -> list[dict[str, Any]]:
     rows = []
     for (server, workers, connections), taken in sorted(found.items(), key=lambda item: (item[0][2], item[0])):

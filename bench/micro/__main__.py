@@ -6,7 +6,6 @@ with a saved run, histograms): `pytest bench/micro --benchmark-save=NAME`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Mapping
@@ -14,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from bench.command import command
+from bench.rows import row_of
 
 HERE = Path(__file__).parent
 
@@ -24,19 +26,16 @@ def rows_from(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     for bench in report["benchmarks"]:
         stats, size = bench["stats"], bench["extra_info"].get("bytes")
         name = bench["name"].removeprefix("test_").replace("_", " ")
-        row = {"name": name, "subject": "bzstream", "unit": "µs", "median": stats["median"] * 1e6}
         # The quartiles: the extremes of a hundred thousand calls are the machine's, not the code's.
-        rows.append({**row, "low": stats["q1"] * 1e6, "high": stats["q3"] * 1e6})
+        quartiles = [stats["q1"], stats["median"], stats["q3"]]
+        rows.append(row_of(name, "µs", [seconds * 1e6 for seconds in quartiles]))
         if size:
-            speeds = {
-                part: size / stats[of] / 1e9 for part, of in (("median", "median"), ("low", "q3"), ("high", "q1"))
-            }
-            rows.append({"name": name, "subject": "bzstream", "unit": "GB/s", **speeds})
+            rows.append(row_of(name, "GB/s", [size / seconds / 1e9 for seconds in quartiles]))
     return rows
 
 
-def run(quick: bool = False) -> list[dict[str, Any]]:
-    """Run them all. Raises RuntimeError when one fails."""
+def measure(quick: bool = False) -> dict[str, Any]:
+    """Run them all; rows. Raises RuntimeError when one fails."""
     with tempfile.TemporaryDirectory(prefix="bzstream-bench-") as folder:
         report = Path(folder) / "report.json"
         seconds = "0.05" if quick else "1.0"
@@ -49,17 +48,11 @@ def run(quick: bool = False) -> list[dict[str, Any]]:
         )
         if status != 0:
             raise RuntimeError(f"pytest ended with {status!r}")
-        return rows_from(json.loads(report.read_text(encoding="utf-8")))
+        return {"rows": rows_from(json.loads(report.read_text(encoding="utf-8")))}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-    rows = run(arguments.quick)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2), encoding="utf-8")
+    command("micro", __doc__, measure)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def test_probe_2_mib_in_the_page_cache(benchmark: BenchmarkFixture, unit: UnitFi
 
 
 def test_find_a_part_among_12000(benchmark: BenchmarkFixture, unit: UnitFile) -> None:
-    """The full model of the mission is one payload of some 12,000 extents."""
+    """The full Qwen3-VL-30B-A3B is one payload of some 12,000 extents."""
     payload = Payload(tuple(Extent(unit, n * 4096, 4096) for n in range(12_000)))
     assert benchmark(payload.at, 11_000 * 4096 + 5)
 

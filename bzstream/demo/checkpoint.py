@@ -1,4 +1,4 @@
-"""A checkpoint of the mission's model in small, made of noise: the format is real, the weights are not.
+"""Qwen3-VL-30B-A3B in small, made of noise: the format is real, the weights are not.
 
 Names, shapes and dtypes are those of transformers' Qwen3-VL-MoE (fused experts, [experts, 2*intermediate, hidden] and
 [experts, hidden, intermediate]), sharded with an index as `save_pretrained` writes them, without torch.

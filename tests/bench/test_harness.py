@@ -1,4 +1,4 @@
-"""The bench's pure parts: rows, dialects, tables, the machine's description, plots, and benches as processes."""
+"""The pure parts of the benches: rows, tables, the machine's description, plots, and benches as processes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from bench import __main__ as harness
-from bench import dialects, fleet, machine, plots, report, watch
+from bench import fleet, latency, machine, plots, report, watch
 from bench.micro.__main__ import rows_from
-from bench.rows import Outcome, Row, jain, margin, quantile, read_outcome, read_row, row_of, unjudged
+from bench.rows import Outcome, Row, margin, read_outcome, read_row, row_of, unjudged
+from bench.serve import Measurement
+from bench.serve import report as served_report
 
 POSITIVE = st.floats(1e-3, 1e9)
 
@@ -35,13 +36,9 @@ def test_a_row_keeps_the_spread_of_several_rounds_only() -> None:
     assert (one["median"], one["low"], one["high"]) == (3.0, None, None)
 
 
-def test_other_benches_spellings_are_read() -> None:
-    row = read_row("publish", {"name": "peak", "value": 281.5, "unit": "MiB", "target": "< 300", "met": True})
-    assert (row.median, row.target, row.met) == (281.5, "< 300", True)
-    # Benches that call a figure without a target met do not make a claim of it.
-    assert read_row("publish", {"name": "cp", "value": 1.0, "unit": "GB/s", "target": "", "met": True}).met is None
-    odd = read_row("new", {"what": "x", "server": "nginx", "spread": [1, 3], "value": 2, "unit": "s", "colour": "red"})
-    assert (odd.name, odd.subject, odd.low, odd.high, odd.more) == ("x", "nginx", 1.0, 3.0, {"colour": "red"})
+def test_a_row_of_another_form_is_refused() -> None:
+    with pytest.raises(TypeError, match="colour"):
+        read_row("new", {**row_of("x", "s", [1.0]), "colour": "red"})
 
 
 def test_a_row_survives_json() -> None:
@@ -49,20 +46,13 @@ def test_a_row_survives_json() -> None:
     assert read_row("fleet", json.loads(json.dumps(row.as_dict()))) == row
 
 
-def test_no_number_is_no_figure() -> None:
-    row = read_row("x", {"name": "x", "value": float("nan"), "target": ">= 1"})
-    assert row.median is None
-    assert row.met is None
-
-
-@pytest.mark.parametrize("document", [{}, {"rows": "text"}, "text", 3, None])
-def test_what_has_no_rows_is_refused(document: object) -> None:
-    with pytest.raises(ValueError, match="rows"):
-        read_outcome("x", document, 1.0)
+def test_no_values_are_no_figure() -> None:
+    row = read_row("x", row_of("x", "s", [], target=">= 1"))
+    assert (row.median, row.met) == (None, None)
 
 
 def test_a_quick_run_judges_nothing() -> None:
-    outcome = read_outcome("x", [row_of("x", "s", [1.0], target="< 0.5")], 1.0)
+    outcome = read_outcome("x", {"rows": [row_of("x", "s", [1.0], target="< 0.5")]}, 1.0)
     assert outcome.rows[0].met is False
     assert [(row.target, row.met) for row in unjudged(outcome).rows] == [("", None)]
 
@@ -70,51 +60,31 @@ def test_a_quick_run_judges_nothing() -> None:
 def test_margin_is_how_far_a_figure_lies_beyond_its_target() -> None:
     assert margin(read_row("x", row_of("x", "x", [1.0], ratio=2.4, target=">= 1.2"))) == pytest.approx(2.0)
     assert margin(read_row("x", row_of("x", "ms", [40.0], target="<= 20"))) == pytest.approx(0.5)
-    assert margin(read_row("x", {"name": "x", "value": 1.0, "target": "only its file", "met": True})) is None
+    assert margin(read_row("x", {**row_of("x", "x", [1.0], target="only its file"), "met": True})) is None
 
 
-@given(st.lists(POSITIVE, min_size=1), st.floats(0, 1))
-def test_a_quantile_lies_among_the_values(values: list[float], share: float) -> None:
-    assert min(values) <= quantile(values, share) * (1 + 1e-12)
-    assert quantile(values, share) <= max(values) * (1 + 1e-12)
-    assert quantile(values, 0) == min(values)
-    assert quantile(values, 1) == max(values)
+# Rows of single benches.
 
 
-@given(st.lists(POSITIVE, min_size=1))
-def test_jain_is_between_one_nth_and_one(shares: list[float]) -> None:
-    assert 1 / len(shares) - 1e-9 <= jain(shares) <= 1 + 1e-9
+def served(server: str, connections: int, rates: list[float], costs: list[float], error: str = "") -> Measurement:
+    return Measurement(server, connections, "discard", rates, costs, [1.0] * len(rates), 50.0, error)
 
 
-def test_jain_of_known_shares() -> None:
-    assert jain([7, 7, 7]) == pytest.approx(1.0)
-    assert jain([5, 0, 0, 0]) == pytest.approx(0.25)
-    assert jain([0, 0]) == 1.0
-
-
-# The servers' bench as it writes its figures.
-
-
-def served(server: str, connections: int, rates: list[float], costs: list[float]) -> dict[str, object]:
-    return {
-        "server": server, "connections": connections, "client": "discard", "rates": rates, "costs": costs,
-        "jain": [1.0] * len(rates), "peak_mib": 50.0, "error": "", "rate": 0.0, "cost": 0.0,
-    }  # fmt: skip
-
-
-SERVED = [
-    served("bzstream", 8, [6.0, 3.0, 6.0], [0.1, 0.2, 0.1]),
-    served("C sendfile", 8, [6.0, 3.0, 6.0], [0.1, 0.2, 0.1]),
-    served("nginx sendfile", 8, [3.0, 1.5, 3.0], [0.2, 0.4, 0.2]),
-    served("nginx aio", 8, [4.0, 2.0, 4.0], [0.2, 0.4, 0.2]),
-    served("FastAPI", 8, [0.8, 0.4, 0.8], [1.0, 2.0, 1.0]),
-    served("bzstream", 256, [4.8, 2.4, 4.8], [0.1, 0.2, 0.1]),
-    {"server": "granian", "connections": 0, "client": "", "rates": [], "costs": [], "error": "not installed"},
-]
+SERVED = served_report(
+    [
+        served("bzstream", 8, [6.0, 3.0, 6.0], [0.1, 0.2, 0.1]),
+        served("C sendfile", 8, [6.0, 3.0, 6.0], [0.1, 0.2, 0.1]),
+        served("nginx sendfile", 8, [3.0, 1.5, 3.0], [0.2, 0.4, 0.2]),
+        served("nginx aio", 8, [4.0, 2.0, 4.0], [0.2, 0.4, 0.2]),
+        served("FastAPI", 8, [0.8, 0.4, 0.8], [1.0, 2.0, 1.0]),
+        served("bzstream", 256, [4.8, 2.4, 4.8], [0.1, 0.2, 0.1]),
+        served("granian", 0, [], [], "not installed"),
+    ]
+)
 
 
 def test_the_servers_bench_is_compared_round_by_round_with_the_best_of_nginx() -> None:
-    outcome = read_outcome("serve", dialects.translate("serve", SERVED), 1.0)
+    outcome = read_outcome("serve", SERVED, 1.0)
     judged: dict[object, object] = {(row.name, row.peer): (row.ratio, row.met) for row in outcome.rows if row.target}
     assert judged == {
         ("speed at 8 connections", "C sendfile"): (pytest.approx(1.0), True),
@@ -132,39 +102,29 @@ def test_the_servers_bench_is_compared_round_by_round_with_the_best_of_nginx() -
 
 
 def test_latency_is_judged_for_us_alone() -> None:
-    health = {"what": "health", "downloads": 64, "cold": True, "p50": 1.0, "p99": 30.0, "max": 40.0}
-    document = [
-        {**health, "server": "bzstream", "gb_s": 1.9, "stall_ms": 5.0},
-        {**health, "server": "nginx aio", "gb_s": 2.0},
-        {"what": "fairness", "jain": [0.99, 0.98], "nameless": [0.6, 0.7], "spread": [1.1, 1.2]},
-        {"what": "a new question", "figure": 3.5},
-    ]
-    outcome = read_outcome("latency", dialects.translate("latency", document), 1.0)
-    judged = {row.name: (row.subject, row.met) for row in outcome.rows if row.target}
+    window = {"p50": 1.0, "p99": 30.0, "max": 40.0}
+    ours, theirs = [{**window, "gb_s": 1.9, "stall_ms": 5.0}], [{**window, "gb_s": 2.0}]
+    rows = latency.load_rows("cold", ours, theirs) + latency.load_rows("cold", theirs, [], subject="nginx aio")
+    judged = {row["name"]: (row["subject"], row["met"]) for row in rows if row["target"]}
     assert judged == {
-        "/health p99 beside 64 downloads, cold": ("bzstream", False),
-        "downloads beside 64 downloads, cold": ("bzstream", True),
-        "longest stall of the loop beside 64 downloads, cold": ("bzstream", True),
-        "64 miners, half with 1 connection, half with 16: Jain's index": ("bzstream", True),
+        "/health p99 cold": ("bzstream", False),
+        "downloads cold": ("bzstream", True),
+        "longest stall of the loop cold": ("bzstream", True),
     }
-    assert outcome.rows[-1].median == 3.5
+    assert latency.load_rows("cold", [], []) == []
 
 
 def test_what_the_machine_added_stands_beside_a_stall() -> None:
-    health = {"what": "health", "server": "bzstream", "downloads": 64, "cold": False, "p50": 1.0, "p99": 3.0}
-    crowd = {"what": "crowd", "connections": 10_000, "downloads_of_alone": 0.99, "shares": [0.9, 0.99, 1.0]}
-    document = [
-        {**health, "gb_s": [2.0] * 3, "stall_ms": [25.0, 30.0, 9.0], "nap_ms": [24.0, 31.0, 3.0], "steal": [0.1] * 3},
-        {**crowd, "p99": 9.0, "p99s": [8.0, 9.0, 30.0], "nap_ms": 3.0, "gone_after_s": 11.0, "descriptors_left": 9},
-    ]
-    rows = {row.name: row for row in read_outcome("latency", dialects.translate("latency", document), 1.0).rows}
-    stall = rows["longest stall of the loop beside 64 downloads, warm"]
-    assert (stall.median, stall.low, stall.high, stall.met) == (25.0, 9.0, 30.0, False)
-    assert rows["machine: longest oversleep beside 64 downloads, warm"].median == 24.0
-    assert rows["machine: stolen beside 64 downloads, warm"].median == 0.1
-    beside = rows["downloads beside 10,000 silent connections, of those alone"]
-    assert (beside.median, beside.low, beside.high, beside.met) == (0.99, 0.9, 1.0, True)
-    assert rows["10,000 silent connections: descriptors left then"].met is True
+    window = {"p50": 1.0, "p99": 3.0, "gb_s": 2.0, "steal": 0.1}
+    windows = [{**window, "stall_ms": stall, "nap_ms": nap} for stall, nap in ((25.0, 24.0), (30.0, 31.0), (9.0, 3.0))]
+    rows = {row["name"]: row for row in latency.load_rows("warm", windows, [])}
+    stall = rows["longest stall of the loop warm"]
+    assert (stall["median"], stall["low"], stall["high"], stall["met"]) == (25.0, 9.0, 30.0, False)
+    assert rows["machine: longest oversleep warm"]["median"] == 24.0
+    assert rows["machine: stolen warm"]["median"] == 0.1
+    share, wait, nap = latency.crowd_rows(10_000, [0.9, 0.99, 1.0], [8.0, 9.0, 30.0], [3.0, 2.0])
+    assert share["name"] == "downloads beside 10,000 silent connections, of those alone"
+    assert (share["median"], share["met"], wait["median"], wait["met"], nap["median"]) == (0.99, True, 9.0, True, 3.0)
 
 
 def test_stolen_time_is_read_from_the_kernels_words() -> None:
@@ -175,12 +135,6 @@ def test_stolen_time_is_read_from_the_kernels_words() -> None:
         assert figures == {}
     assert figures["nap_ms"] > 0
     assert 0 <= figures["steal"] <= 1
-
-
-def test_the_evaluators_notes_hold_its_targets() -> None:
-    document = [{"what": "ratio", "value": 4.0, "unit": "x", "note": "to reach: 5"}]
-    row = read_outcome("evaluate", dialects.translate("evaluate", document), 1.0).rows[0]
-    assert (row.target, row.met) == (">= 5", False)
 
 
 def test_micro_benchmarks_become_rows() -> None:
@@ -216,7 +170,7 @@ def test_the_mission_on_paper() -> None:
 
 def document() -> dict[str, object]:
     outcomes = [
-        read_outcome("serve", dialects.translate("serve", SERVED), 12.0),
+        read_outcome("serve", SERVED, 12.0),
         Outcome("pull", "absent", "there is no bench/pull.py in this checkout"),
         read_outcome(
             "fleet",
@@ -350,9 +304,9 @@ def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_a_bench_that_works_and_misses_its_target_is_done(pretended: Path) -> None:
+    row = {"name": "x", "unit": "", "median": 1, "target": "> 2", "met": False}
     (pretended / "pretended_good.py").write_text(
-        "import sys, json, pathlib\n"
-        "pathlib.Path(sys.argv[2]).write_text(json.dumps([{'name': 'x', 'value': 1, 'target': '> 2'}]))\nsys.exit(1)\n"
+        f"import sys, pathlib\npathlib.Path(sys.argv[2]).write_text({json.dumps({'rows': [row]})!r})\nsys.exit(1)\n"
     )
     outcome = harness.gather("pretended_good", quick=False, limit=60)
     assert (outcome.status, outcome.rows[0].met) == ("done", False)
@@ -383,8 +337,9 @@ def test_a_bench_that_hangs_is_ended_with_all_that_it_started(pretended: Path) -
 
 
 def test_what_was_measured_before_a_run_is_broken_off_is_kept(pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = json.dumps({"rows": [{"name": "x", "unit": "", "median": 1}]})
     (pretended / "pretended_good.py").write_text(
-        'import sys, pathlib\npathlib.Path(sys.argv[2]).write_text(\'[{"name": "x", "value": 1}]\')\n'
+        f"import sys, pathlib\npathlib.Path(sys.argv[2]).write_text({rows!r})\n"
     )
     monkeypatch.setattr(harness, "BENCHES", {"pretended_good": "A bench", "pretended_next": "The next"})
     real = harness.gather
