@@ -229,7 +229,8 @@ def measure(quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="bzstream-bench-") as folder:
         store = Path(folder) / "store"
         publish_slices(store, groups=GROUPS, slice_bytes=slice_bytes)
-        with serve(store, callers=callers) as node:
+        # All miners have one address here, and what is not proven yet counts for the address.
+        with serve(store, callers=callers, environment={"BZ_HTTP_MAX_CONNECTIONS_PER_CALLER": "1000"}) as node:
             fleet = Fleet(node, callers)
             fleet.play(fleet.plays(MISBEHAVING, 0, compare=True)).check()
             for turn in range(rounds):

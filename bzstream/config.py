@@ -3,7 +3,8 @@
 A setting is found in four places, later ones win: the defaults below, a TOML file (`--config bzstream.toml`, one
 table a section), the environment (`BZ_<SECTION>_<NAME>`, such as `BZ_HTTP_PORT=8000`), and flags of the command line.
 Lists are written as JSON in the environment (`BZ_HTTP_TRUSTED_PROXIES='["10.0.0.0/8"]'`). An unknown name, a wrong
-type or a value out of range ends in one sentence that names the setting and the place where it was given.
+type or a value out of range ends in one sentence that names the setting and the place where it was given. In the
+environment a name of no section is somebody else's and left alone, unless it looks like a mistyped section.
 
 Secrets never come from a flag: `BZ_AUTH_TOKEN`, `BZ_TOKENS_FILE` and `BZ_LEDGER` (whose URL may hold a password).
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -292,9 +294,6 @@ class Settings(_Section, frozen=True):
 _ALIASES = {"BZ_TOKENS_FILE": ("auth", "tokens_file"), "BZ_LEDGER": ("ledger", "url")}
 """Environment names of the contract that do not follow BZ_<SECTION>_<NAME>."""
 
-_NOT_SETTINGS = ("BZ_TEST_",)
-"""Prefixes of environment variables that are not settings: the test suite's own switches."""
-
 
 def load(
     *,
@@ -312,8 +311,11 @@ def load(
         for (section, name), value in _from_toml(file):
             _put(values, section, name, value, f"in {file}", text=False)
     for variable, value in sorted((environment or {}).items()):
-        if variable.startswith("BZ_") and not variable.startswith(_NOT_SETTINGS):
+        if variable.startswith("BZ_"):
             section, name = _ALIASES.get(variable) or _split(variable)
+            # Kubernetes sets BZ_SERVICE_HOST for a Service named bz, and a user may have a BZ_URL of their own.
+            if section not in _sections() and not get_close_matches(section, _sections(), cutoff=0.7):
+                continue
             _put(values, section, name, value, f"in the environment ({variable})", text=True)
     for flag, flag_value in (flags or {}).items():
         if flag_value is not None:

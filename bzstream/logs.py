@@ -1,4 +1,6 @@
-"""Logs: structlog on stderr, a readable line for a person or a JSON object for a machine.
+"""Logs: structlog on standard error, a readable line for a person or a JSON object for a machine.
+
+A log that cannot be written (a full disk, a reader that is gone) is no reason to stop: the line is lost, nothing else.
 
 No token, no signature and no URL of a miner is ever logged; whoever adds a field keeps to that.
 """
@@ -6,7 +8,8 @@ No token, no signature and no URL of a miner is ever logged; whoever adds a fiel
 from __future__ import annotations
 
 import logging
-import sys
+import os
+from typing import TextIO, cast
 
 import structlog
 
@@ -15,6 +18,19 @@ from bzstream.config import LogSettings
 __all__ = ["configure"]
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+class _StandardError:
+    """Descriptor 2, a line a system call. Without a buffer a line that failed is not tried again with the next one."""
+
+    def write(self, text: str) -> None:
+        try:
+            os.write(2, text.encode("utf-8", "backslashreplace"))
+        except OSError:
+            pass
+
+    def flush(self) -> None:
+        """Nothing is kept."""
 
 
 def configure(settings: LogSettings, **context: object) -> None:
@@ -26,7 +42,7 @@ def configure(settings: LogSettings, **context: object) -> None:
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()
         if settings.json
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)
+        else structlog.dev.ConsoleRenderer(colors=os.isatty(2), pad_event_to=0)
     )
     structlog.configure(
         processors=[
@@ -36,6 +52,6 @@ def configure(settings: LogSettings, **context: object) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[settings.level]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast(TextIO, _StandardError())),
         cache_logger_on_first_use=False,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from bzstream.demo.running_node import Response as Answer
 from bzstream.demo.running_node import RunningNode, free_port
 
 __all__ = [
-    "BLOCK", "GROUPS", "TOKEN", "VERSION", "Answer", "Node", "child_processes", "eventually", "free_port",
-    "running_node", "write_chain",
+    "BLOCK", "GROUPS", "TOKEN", "VERSION", "Answer", "Node", "answers", "child_processes", "eventually", "free_port",
+    "refused", "running_node", "write_chain",
 ]  # fmt: skip
 
 TOKEN = "test-" + "0123456789abcdef" * 2
@@ -73,14 +74,28 @@ def child_processes(parent: int, role: str = "") -> list[int]:
     return found
 
 
+def answers(node: Node) -> bool:
+    try:
+        return node.get("/health").status == 200
+    except OSError:
+        return False
+
+
+def refused(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 @contextmanager
 def running_node(
     folder: Path,
     *arguments: str,
     environment: Mapping[str, str] | None = None,
     wait: bool = True,
-    trusted: str | None = None,
-    evaluator: bool = False,
+    **options: Any,
 ) -> Iterator[Node]:
     """Serve `folder`/store until the block ends; the parameters are those of `bzstream.demo.running_node`."""
     validator, validator_token = Key.from_seed(b"\x02" * 32), secrets.token_hex(24)
@@ -92,7 +107,6 @@ def running_node(
         validators=[validator.ss58_address],
         environment=environment,
         wait=wait,
-        trusted=trusted,
-        evaluator=evaluator,
+        **options,
     ) as running:
         yield Node(**vars(running), validator=validator, validator_token=validator_token)

@@ -49,6 +49,11 @@ def test_a_bad_setting_explains_itself(environment: dict[str, str], says: tuple[
         assert part in str(caught.value)
 
 
+def test_variables_of_others_are_left_alone() -> None:
+    kubernetes = {"BZ_SERVICE_HOST": "10.0.0.1", "BZ_PORT": "tcp://10.0.0.1:80", "BZ_PORT_80_TCP_ADDR": "10.0.0.1"}
+    assert load(environment={**kubernetes, "BZ_URL": "https://x", "BZ_": "", "BZ_TEST_LONG": "1"}) == Settings()
+
+
 def test_a_bad_file_explains_itself(tmp_path: Path) -> None:
     file = tmp_path / "bzstream.toml"
     for text, says in (("port = 80", "no table"), ("[http", "not valid TOML"), ("[http]\nport = true", "http.port")):

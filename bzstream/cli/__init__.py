@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import gc
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Iterable
@@ -23,6 +24,9 @@ __all__ = ["command_line", "main"]
 
 COMMANDS = ("publish", "inspect", "serve", "pull", "submit", "bench", "evaluate", "weights", "demo")
 """In the order of a subnet's day: the file `cli/<name>.py` holds the function `<name>`."""
+
+EXTRAS = {"torch": "validator", "transformers": "validator", "bittensor": "validator", "psycopg": "validator"}
+"""Module that the base does not bring -> the extra that does."""
 
 
 def command_line(commands: Iterable[str] = COMMANDS) -> typer.Typer:
@@ -47,6 +51,21 @@ def _collect_garbage() -> None:
     gc.enable()
 
 
+def open_standard_descriptors() -> None:
+    """Open /dev/null for each of the descriptors 0, 1 and 2 that is closed, as after `bzstream … <&- 2>&-`.
+
+    Otherwise the next file or socket gets its number, and whatever writes an error writes into it.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(fd, True)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 (open to the end)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+
+
 def main() -> None:
     """Run the command line and turn what a person can act on into one line and exit status 1.
 
@@ -55,6 +74,7 @@ def main() -> None:
     """
     gc.disable()
     atexit.register(gc.freeze)
+    open_standard_descriptors()
     named = [word for word in sys.argv[1:2] if word in COMMANDS]
     try:
         command_line(named or COMMANDS)()
@@ -62,6 +82,11 @@ def main() -> None:
         print(f"bzstream: {error}", file=sys.stderr)
         sys.exit(1)
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (extra := EXTRAS.get((error.name or "").partition(".")[0])):
+            print(
+                f"bzstream: this needs {error.name}; install it with: pip install 'bzstream[{extra}]'", file=sys.stderr
+            )
+            sys.exit(1)
         # Nothing that a person did wrong: say where it is, in a line that can be put into a report.
         where = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(where.filename).name}:{where.lineno}"

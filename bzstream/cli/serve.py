@@ -34,6 +34,9 @@ def serve(
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate chain; with --tls-key serves HTTPS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM private key.")] = None,
     metrics_port: Annotated[int | None, typer.Option(help="Serve Prometheus /metrics on this port.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Find what would keep the node from running, then exit with 0 or 1.")
+    ] = False,
     log_json: Annotated[bool, typer.Option("--log-json", help="Log JSON objects instead of readable lines.")] = False,
 ) -> None:
     """Serve the published model, take in submissions and score them.
@@ -58,4 +61,7 @@ def serve(
     }
 
     roles: frozenset[Role] = frozenset(r.value for r in role) if role else frozenset(("http", "chain", "evaluator"))
-    sys.exit(node.serve(roles, functools.partial(settings_of, config, flags)))
+    status = node.serve(roles, functools.partial(settings_of, config, flags), check_only=check)
+    if check:
+        print("nothing keeps this node from running")
+    sys.exit(status)

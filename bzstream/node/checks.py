@@ -1,4 +1,4 @@
-"""Finds before the start what would make a child fail later, again and again.
+"""Finds before the start what would make a child fail later, again and again, or work with something else than meant.
 
 Called by the supervisor in its only thread, before any child runs. Each check raises with one sentence that says what
 is wrong and what to do.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from ipaddress import ip_network
+from pathlib import Path
 
 import structlog
 
-from bzstream.config import Settings
+from bzstream.config import EvaluationSettings, HttpSettings, Settings
 from bzstream.http import Certificate
 from bzstream.node.child import Role
 from bzstream.node.errors import NodeError
@@ -21,31 +22,74 @@ __all__ = ["check"]
 
 def check(settings: Settings, roles: frozenset[Role]) -> frozenset[Role]:
     """The roles that will run. Raises BzstreamError for what keeps one of them from working."""
-    settings.store_path().mkdir(parents=True, exist_ok=True)
+    store = settings.store_path()
+    if not store.is_dir():
+        raise NodeError(f"there is no store {store}; give --store, the folder that `bzstream publish` writes")
+    if "evaluator" in roles and not _can_evaluate(settings.evaluation):
+        roles -= {"evaluator"}
+        if not roles:
+            raise NodeError("nothing would run: the evaluator needs evaluation.data, and must not be switched off")
     if "http" in roles:
         from bzstream.api.access import AccessFiles
 
         AccessFiles(settings.auth, warn=structlog.get_logger("supervisor").warning)
-        cert, key = settings.http.tls_cert, settings.http.tls_key
-        if (cert is None) != (key is None):
-            raise NodeError("a certificate and its key go together; give both --tls-cert and --tls-key")
-        if cert is not None and key is not None:
-            Certificate(cert, key)
-        for network in settings.http.trusted_proxies:
-            try:
-                ip_network(network)
-            except ValueError as error:
-                raise NodeError(f"http.trusted_proxies: {error}; name networks such as 10.0.0.0/8") from None
-    if "evaluator" not in roles or not settings.evaluation.enabled:
-        return roles - {"evaluator"}
-    if settings.evaluation.data is None:
+        _check_http(settings.http)
+    if "chain" in roles:
+        _check_chain(settings)
+    if roles & {"chain", "evaluator"}:
+        from bzstream.submissions.ledger import Ledger
+
+        Ledger.open(settings.ledger_location()).close()
+    if settings.node.wallet is not None:
+        from bzstream.chain.keys import load_key
+
+        load_key(settings.node.wallet)
+    return roles
+
+
+def _check_http(settings: HttpSettings) -> None:
+    cert, key = settings.tls_cert, settings.tls_key
+    if (cert is None) != (key is None):
+        raise NodeError("a certificate and its key go together; give both --tls-cert and --tls-key")
+    if cert is not None and key is not None:
+        Certificate(cert, key)
+    for network in settings.trusted_proxies:
+        try:
+            ip_network(network)
+        except ValueError as error:
+            raise NodeError(f"http.trusted_proxies: {error}; name networks such as 10.0.0.0/8") from None
+
+
+def _check_chain(settings: Settings) -> None:
+    chain = settings.chain
+    if chain.file is not None:
+        if not Path(chain.file).exists():
+            raise NodeError(f"there is no chain file {chain.file}; check --chain-file")
+    elif not chain.endpoint or chain.netuid is None:
+        structlog.get_logger("supervisor").warning(
+            "no chain is configured, so nothing can be submitted; set chain.endpoint and chain.netuid, or chain.file"
+        )
+    else:
+        _require("following the chain", "bittensor")
+        if chain.set_weights and settings.node.wallet is None:
+            raise NodeError("chain.set_weights needs node.wallet, the hotkey that signs the weights")
+
+
+def _can_evaluate(settings: EvaluationSettings) -> bool:
+    if not settings.enabled:
+        return False
+    if settings.data is None:
         structlog.get_logger("supervisor").warning(
             "nothing will be scored: set evaluation.data, or say --no-evaluator to mean it"
         )
-        return roles - {"evaluator"}
+        return False
     from bzstream.evaluation.scoring.data import require_data
 
-    require_data(settings.evaluation.data)
-    if missing := [name for name in ("torch", "transformers") if find_spec(name) is None]:
-        raise NodeError(f"scoring needs {' and '.join(missing)}; install bzstream[validator], or say --no-evaluator")
-    return roles
+    require_data(settings.data)
+    _require("scoring", "torch", "transformers")
+    return True
+
+
+def _require(purpose: str, *modules: str) -> None:
+    if missing := [name for name in modules if find_spec(name) is None]:
+        raise NodeError(f"{purpose} needs {' and '.join(missing)}; install it with: pip install 'bzstream[validator]'")

@@ -10,13 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -26,9 +24,12 @@ from bzstream import logs
 from bzstream.config import Settings
 from bzstream.errors import BzstreamError
 from bzstream.http import Server
+from bzstream.node import metrics_folder
 from bzstream.node.checks import check
 from bzstream.node.child import ChildSpec, Role
+from bzstream.node.errors import NodeError
 from bzstream.node.listeners import open_listeners
+from bzstream.node.metrics_folder import MetricsFolder
 
 __all__ = ["serve"]
 
@@ -40,33 +41,27 @@ KILL_GRACE_S = 5.0
 """How long a child may take to end after `http.drain_s` has passed; then it is killed."""
 
 
-def serve(roles: frozenset[Role], load_settings: Callable[[], Settings]) -> int:
+def serve(roles: frozenset[Role], load_settings: Callable[[], Settings], *, check_only: bool = False) -> int:
     """Run the roles until SIGTERM or SIGINT; returns the exit status for the shell.
 
-    `load_settings` is called now and at each SIGHUP. Raises BzstreamError before anything was started.
+    `load_settings` is called now and at each SIGHUP. `check_only`: find what would keep the node from running, and run
+    nothing. Raises BzstreamError before anything was started.
     """
     settings = load_settings()
     logs.configure(settings.log)
     roles = check(settings, roles)
-    listeners = open_listeners(settings.http) if "http" in roles else []
-    with metrics_folder():
-        return asyncio.run(_Supervisor(settings, roles, load_settings, listeners).run())
-
-
-@contextlib.contextmanager
-def metrics_folder() -> Iterator[None]:
-    """The folder through which processes share their Prometheus counters; those of dead supervisors are removed."""
-    parent = Path(tempfile.gettempdir())
-    for stale in parent.glob("bzstream-metrics-*-*"):
-        owner = stale.name.split("-")[2]
-        if owner.isdigit() and not Path(f"/proc/{owner}").exists():
-            shutil.rmtree(stale, ignore_errors=True)
-    folder = tempfile.mkdtemp(prefix=f"bzstream-metrics-{os.getpid()}-")
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    os.environ.pop(metrics_folder.VARIABLE, None)
+    with contextlib.ExitStack() as stack:
+        listeners = open_listeners(settings.http) if "http" in roles else []
+        for listener in listeners:
+            stack.callback(listener.close)
+        counters = None if settings.metrics.port is None else MetricsFolder()
+        if counters is not None:
+            stack.callback(counters.remove)
+            counters.ensure()
+        if check_only:
+            return 0
+        return asyncio.run(_Supervisor(settings, roles, load_settings, listeners, counters).run())
 
 
 class _Supervisor:
@@ -76,11 +71,13 @@ class _Supervisor:
         roles: frozenset[Role],
         load_settings: Callable[[], Settings],
         listeners: list[socket.socket],
+        counters: MetricsFolder | None,
     ) -> None:
         self._settings = settings
         self._roles = roles
         self._load_settings = load_settings
         self._listeners = listeners
+        self._counters = counters
         self._processes: dict[str, asyncio.subprocess.Process] = {}
         self._stopping = asyncio.Event()
         self._force_exit = asyncio.Event()
@@ -119,24 +116,34 @@ class _Supervisor:
         return children
 
     async def _monitor(self, spec: ChildSpec) -> None:
-        """Start a child, and start it again whenever it dies, until the node stops."""
+        """Start a child, and start it again whenever it dies or cannot be started, until the node stops."""
         pause = RESTART_FIRST_S
         while not self._stopping.is_set():
             started = time.monotonic()
-            process = await self._spawn(spec)
-            self._processes[spec.name] = process
-            status = await process.wait()
-            del self._processes[spec.name]
-            forget_metrics_of(process.pid)
+            try:
+                status: int | str = await self._run_child(spec)
+            except (OSError, NodeError) as error:  # no process, no descriptor, no room for its counters: it may pass
+                status = str(error)
             if self._stopping.is_set():
                 return
             if time.monotonic() - started > RESTART_FORGET_S:
                 pause = RESTART_FIRST_S
             self._log.error("child died", child=spec.name, status=status, restart_in_s=pause)
-            count_restart(spec.role)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause)
             pause = min(2 * pause, RESTART_MAX_S)
+
+    async def _run_child(self, spec: ChildSpec) -> int:
+        """Run a child to its end; its exit status."""
+        if self._counters is not None:
+            self._counters.ensure()
+        process = await self._spawn(spec)
+        self._processes[spec.name] = process
+        status = await process.wait()
+        del self._processes[spec.name]
+        if self._counters is not None and not self._stopping.is_set():
+            count_restart(spec.role, process.pid)
+        return status
 
     async def _spawn(self, spec: ChildSpec) -> asyncio.subprocess.Process:
         process = await asyncio.create_subprocess_exec(
@@ -194,16 +201,13 @@ class _Supervisor:
         return server
 
 
-def forget_metrics_of(pid: int) -> None:
-    """Remove the live gauges of a process that has ended."""
+def count_restart(role: Role, pid: int) -> None:
+    """Count the end of a child, and remove the live gauges that process `pid` has left."""
     from prometheus_client import multiprocess
 
-    multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]
-
-
-def count_restart(role: Role) -> None:
     from bzstream.api.metrics import RESTARTS
 
+    multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]
     RESTARTS.labels(role).inc()
 
 

@@ -24,8 +24,7 @@ import pytest
 from bzstream.chain.keys import Key, NotCanonical, canonical_json, encode_hotkey, encode_signature, load_key
 from bzstream.chain.signatures import Scheme
 from tests.api.desk import Desk, fields, new_key, signed, troubles
-from tests.nodes import TOKEN, Answer, Node, child_processes, eventually, running_node
-from tests.test_node import answers
+from tests.nodes import TOKEN, Answer, Node, answers, child_processes, eventually, running_node
 
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
 NOW, START = Desk.NOW, Desk.START

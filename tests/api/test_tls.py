@@ -18,8 +18,7 @@ from tests.api.conftest import beside
 from tests.api.contract import parse_multipart
 from tests.api.desk import troubles
 from tests.http.certificates import FIRST_CERT, FIRST_KEY, SECOND_CERT, SECOND_KEY
-from tests.nodes import Node, eventually, running_node
-from tests.test_node import refused
+from tests.nodes import Node, eventually, refused, running_node
 
 IN_FORCE_S = 1.0
 ANYWHERE = ("--host", "0.0.0.0")
