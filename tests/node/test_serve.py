@@ -200,9 +200,7 @@ def test_a_cycle_of_nine_phases(place: Path) -> None:
         for block, phase, detail in ((12007 + 340, "submit", "submit"), (12007 + 431, "train", "merge")):
             node.write_chain(block)
             expected = {"current_block": block, "phase": phase, "phase_detail": detail}
-            eventually(
-                partial(lambda all_of: node.health().items() >= all_of.items(), expected), "the phase", IN_FORCE_S
-            )
+            eventually(partial(lambda all_of: node.health().items() >= all_of.items(), expected), "the phase")
 
 
 def test_a_changed_tokens_file_is_in_force_within_a_second(place: Path) -> None:
