@@ -22,7 +22,10 @@ from bzstream.errors import BzstreamError
 
 __all__ = ["command_line", "main"]
 
-COMMANDS = ("publish", "inspect", "serve", "pull", "submit", "bench", "evaluate", "weights", "demo")
+COMMANDS = (
+    "publish", "inspect", "versions", "use", "remove", "sign", "serve", "pull", "submit", "bench", "evaluate",
+    "weights", "demo",
+)  # fmt: skip
 """In the order of a subnet's day: the file `cli/<name>.py` holds the function `<name>`."""
 
 EXTRAS = {"torch": "validator", "transformers": "validator", "bittensor": "validator", "psycopg": "validator"}

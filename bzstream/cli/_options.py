@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from bzstream.config import Settings
 
 __all__ = [
-    "AsJson", "CaFile", "Config", "Hotkey", "LedgerFile", "ProofKey", "SigningKey", "Store", "Url", "client_command",
+    "AsJson", "CaFile", "Config", "Hotkey", "LedgerFile", "ProofKey", "SigningKey", "Store", "StoreFolder",
+    "Url", "VersionName", "client_command",
     "existing_ledger", "settings_of",
 ]  # fmt: skip
 
@@ -29,6 +30,8 @@ ProofKey = Annotated[
 SigningKey = Annotated[
     str | None, typer.Option(help="Key file or wallet (<wallet>/<hotkey>) that signs the manifests.")
 ]
+StoreFolder = Annotated[Path, typer.Argument(metavar="STORE", help="The store: the folder of the snapshots.")]
+VersionName = Annotated[str, typer.Argument(metavar="VERSION", help="One of `bzstream versions STORE`.")]
 Store = Annotated[Path | None, typer.Option(help="The store: the folder that `bzstream publish` writes.")]
 Url = Annotated[str, typer.Argument(help="Validator, such as http://10.0.0.7:8000.")]
 

@@ -1,0 +1,24 @@
+"""`bzstream versions`: the versions in a store, and which one is served."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+
+from bzstream.cli._options import AsJson, StoreFolder
+
+
+def versions(store: StoreFolder, as_json: AsJson = False) -> None:
+    """List a store's versions, the one that was made current last first."""
+    from bzstream.model.versions import list_versions
+
+    found = list_versions(store)
+    if as_json:
+        print(json.dumps([asdict(version) for version in found], indent=2))
+        return
+    for each in found:
+        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(each.activated_at))
+        signed = f", signed by {each.hotkey}" if each.hotkey else ", not signed"
+        marks = "".join(f"  ({word})" for word, on in (("current", each.current), ("in a round", each.pinned)) if on)
+        print(f"{each.version}  block {each.block}, made current {when}, {each.size:,} bytes{signed}{marks}")
