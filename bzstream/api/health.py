@@ -59,7 +59,9 @@ class HealthEndpoint:
             found.append("the chain is not known")
         elif (age := state.chain.age(now)) > state.settings.chain.stale_s:
             found.append(f"the chain was last heard of {age:.0f} s ago")
-        if state.ledger is None:
+        if state.ledger_problem is not None:
+            found.append(state.ledger_problem)
+        elif state.ledger is None:
             found.append("the ledger cannot be reached")
         return found
 

@@ -41,6 +41,8 @@ class WorkerState:
     chain: ChainState | None = None
     evaluator_age: float | None = None
     """Seconds since an evaluator's last sign of life, when the ledger was last read; None: there never was one."""
+    ledger_problem: str | None = None
+    """Why the ledger cannot be used, when it was last read."""
     damaged: list[str] = field(default_factory=list)
     """Labels of units whose file was cut or changed on disk."""
     draining: bool = False

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import socket
 import time
 from collections.abc import Awaitable, Callable
 from ipaddress import ip_address
+from pathlib import Path
 
 import structlog
 
@@ -27,6 +29,9 @@ from bzstream.submissions.ledger import AsyncLedger
 from bzstream.util.warn_once import WarnOnce
 
 __all__ = ["run"]
+
+LEDGER_NEEDS = 64 * 1024
+"""Bytes: a commit appends some pages of 4 KiB to the write-ahead log."""
 
 log = structlog.get_logger("worker")
 
@@ -107,13 +112,26 @@ async def _refresh_access(state: WorkerState) -> None:
 
 
 async def _refresh_chain(state: WorkerState) -> None:
-    if state.ledger is None:
-        state.ledger = await asyncio.to_thread(AsyncLedger.open, state.settings.ledger_location())
-    state.chain = await state.ledger.chain_state()
-    if state.settings.evaluation.enabled:
-        state.evaluator_age = await state.ledger.evaluator_age()
+    try:
+        if state.ledger is None:
+            state.ledger = await asyncio.to_thread(AsyncLedger.open, state.settings.ledger_location())
+        state.chain = await state.ledger.chain_state()
+        if state.settings.evaluation.enabled:
+            state.evaluator_age = await state.ledger.evaluator_age()
+    except BzstreamError:
+        state.ledger_problem = "the ledger cannot be read"
+        raise
+    state.ledger_problem = await asyncio.to_thread(_disk_problem, state.settings.ledger_location())
     if state.chain is not None:
         CHAIN_AGE.set(state.chain.age(time.time()))
+
+
+def _disk_problem(ledger: str) -> str | None:
+    """A full disk still lets everybody read, so that a ledger that nobody can write to only looks old."""
+    if "://" in ledger:
+        return None
+    disk = os.statvfs(Path(ledger).parent)
+    return "the disk that holds the ledger is full" if disk.f_bavail * disk.f_frsize < LEDGER_NEEDS else None
 
 
 async def _update_gauges(server: Server) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -114,3 +116,28 @@ def test_a_base_install_says_what_to_install(place: Path, tmp_path: Path) -> Non
     )
     assert result.returncode == 1
     assert result.stderr == "bzstream: this needs torch; install it with: pip install 'bzstream[validator]'\n"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)], capture_output=True)
+    if made.returncode != 0:
+        pytest.skip("only root may mount a small file system")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_health_tells_that_the_ledgers_disk_is_full(place: Path, small_disk: Path) -> None:
+    ledger = ("--ledger", str(small_disk / "ledger.sqlite"))
+    with running_node(place, *ledger, environment={"BZ_CHAIN_STALE_S": "0.5"}) as node:
+        filler = small_disk / "filler"
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+        eventually(lambda: any("disk" in reason for reason in node.health().get("reasons", ())), "the reason is told")
+        assert node.get("/model/partial", node.headers(0)).status == 200
+        filler.unlink()
+        eventually(lambda: node.health()["status"] == "healthy", "it recovers")
