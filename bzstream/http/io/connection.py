@@ -16,6 +16,7 @@ import asyncio
 import enum
 import errno
 import select as poll
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from math import inf
@@ -30,6 +31,7 @@ from bzstream.http.io.timers import TimerWheel
 from bzstream.http.io.transports import Transport
 from bzstream.http.protocol import request_parser
 from bzstream.http.protocol.bodies import Body
+from bzstream.http.protocol.dates import format_date
 from bzstream.http.protocol.messages import Endpoint, HttpError, Representation, Request, Response, Result
 from bzstream.http.protocol.peers import TrustedProxies, caller_of
 from bzstream.http.protocol.request_body import ChunkedBody, RequestBody, SizedBody, check_body_head
@@ -92,12 +94,6 @@ class ConnectionHost(Protocol):
 
     def forget(self, connection: Connection) -> None:
         """The connection is closing."""
-
-    def wall_clock(self) -> int:
-        """Epoch seconds."""
-
-    def date(self) -> str:
-        """The Date field."""
 
 
 class Connection:
@@ -395,8 +391,9 @@ class Connection:
     def _prepare(self, result: Result | HttpError) -> bytes:
         """Make the response, settle whether it is the connection's last, and return its head."""
         host, request = self._host, self._request
-        response = prepare(result, request, host.wall_clock())
-        fields = [("Date", host.date()), ("Server", "bzstream"), *response.headers]
+        now = int(time.time())
+        response = prepare(result, request, now)
+        fields = [("Date", format_date(now)), ("Server", "bzstream"), *response.headers]
         if response.length is not None:
             fields.append(("Content-Length", str(response.length)))
         # Input that was not parsed, or not read to its request's end, would be taken for the next request.

@@ -27,7 +27,6 @@ from bzstream.http.io.observer import Application, Observer
 from bzstream.http.io.timers import TimerWheel
 from bzstream.http.io.tls import Certificate, TlsTransport
 from bzstream.http.io.transports import PlainTransport, Transport
-from bzstream.http.protocol.dates import format_date
 from bzstream.http.protocol.messages import HttpError
 from bzstream.http.protocol.peers import TrustedProxies, caller_of, plain_address
 from bzstream.http.send.sender import Sender
@@ -118,7 +117,6 @@ class Server:
         self._expired: deque[Connection] = deque()
         self._turn_due = False
         self._tasks: set[asyncio.Task[None]] = set()
-        self._date = (0, "")
         self._ticker: asyncio.TimerHandle | None = None
         self._emptied = asyncio.Event()
         self._closed = False
@@ -258,17 +256,6 @@ class Server:
         if not self._connections:
             self._emptied.set()
 
-    def wall_clock(self) -> int:
-        """Epoch seconds."""
-        return int(time.time())
-
-    def date(self) -> str:
-        """The Date field, made once a second."""
-        now = self.wall_clock()
-        if self._date[0] != now:
-            self._date = (now, format_date(now))
-        return self._date[1]
-
     # The turn.
 
     def _polled(self) -> None:
@@ -370,19 +357,14 @@ class Server:
         # Responses are written whole, heads joined to bodies by MSG_MORE: there is nothing for Nagle to gather.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         fd = sock.fileno()
-        transport = self._transport(sock)
+        transport: Transport
+        if self._certificate is None:
+            transport = PlainTransport(sock)
+        else:
+            transport = TlsTransport(sock, self._certificate.context(self.observer.on_warning))
         try:
             self._epoll.register(fd, _EVENTS)
         except OSError:
             transport.close(reset=False)
             return
         self.attach(transport, fd, address)
-
-    def _transport(self, sock: socket.socket) -> Transport:
-        if self._certificate is None:
-            return PlainTransport(sock)
-        context = self._certificate.context()
-        if (problem := self._certificate.problem) is not None:
-            self._certificate.problem = None
-            self.observer.on_warning(str(problem))
-        return TlsTransport(sock, context)

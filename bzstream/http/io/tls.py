@@ -13,10 +13,12 @@ import os
 import socket
 import ssl
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from bzstream.errors import BzstreamError
 from bzstream.http.io import transports
+from bzstream.util.files import FileStamp, file_stamp
 
 __all__ = ["Certificate", "TlsError", "TlsTransport"]
 
@@ -24,6 +26,8 @@ _PIECE = 64 * 1024
 """Bytes read and encrypted at a time: four records, and the most that a blocked connection keeps in memory."""
 _OP_ENABLE_KTLS = 1 << 3
 """SSL_OP_ENABLE_KTLS of OpenSSL 3; Python has a name for it from 3.12 on."""
+_CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
+"""For TLS 1.2: forward secrecy and authenticated encryption. OpenSSL's default has suites in CBC mode, too."""
 _SOL_TLS, _TLS_TX = 282, 1
 _LOOK_S = 0.25
 """How often, at most, the files are looked at: a new certificate is in force within a second."""
@@ -36,47 +40,39 @@ class TlsError(BzstreamError):
 class Certificate:
     """A certificate chain and its key in PEM files, and the context made from them."""
 
-    __slots__ = ("_cert", "_context", "_key", "_looked", "_stamp", "problem")
+    __slots__ = ("_cert", "_context", "_key", "_looked", "_stamps")
 
     def __init__(self, cert: str, key: str) -> None:
         """Raises TlsError."""
         self._cert, self._key = cert, key
         self._looked = time.monotonic()
-        self._stamp = self._stamp_now()
+        self._stamps = self._stamps_now()
         self._context = self._load()
-        self.problem: TlsError | None = None
-        """Set when changed files could not be loaded and the last good ones go on; whoever reports it clears it."""
 
-    def context(self) -> ssl.SSLContext:
-        """The context for a new connection."""
+    def context(self, warn: Callable[[str], None]) -> ssl.SSLContext:
+        """The context for a new connection. `warn` is told once of changed files that cannot be loaded; the last good
+        ones stay in force then."""
         now = time.monotonic()
         if now - self._looked >= _LOOK_S:
             self._looked = now
-            stamp = self._stamp_now()
-            if stamp != self._stamp:
-                self._stamp = stamp
+            stamps = self._stamps_now()
+            if stamps != self._stamps:
+                self._stamps = stamps
                 try:
                     self._context = self._load()
-                except TlsError as problem:
-                    self.problem = problem
+                except TlsError as error:
+                    warn(str(error))
         return self._context
 
-    def _stamp_now(self) -> tuple[tuple[int, int, int] | None, ...]:
-        stamps: list[tuple[int, int, int] | None] = []
-        for name in (self._cert, self._key):
-            try:
-                status = Path(name).stat()
-            except OSError:
-                stamps.append(None)
-            else:
-                stamps.append((status.st_ino, status.st_size, status.st_mtime_ns))
-        return tuple(stamps)
+    def _stamps_now(self) -> list[FileStamp | None]:
+        return [file_stamp(Path(name)) for name in (self._cert, self._key)]
 
     def _load(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= ssl.OP_NO_RENEGOTIATION | _OP_ENABLE_KTLS
         context.set_alpn_protocols(["http/1.1"])
+        context.set_ciphers(_CIPHERS)
         try:
             context.load_cert_chain(self._cert, self._key)
         except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from calendar import timegm
+from functools import lru_cache
 from time import gmtime
 
 __all__ = ["format_date", "parse_date"]
@@ -26,6 +27,7 @@ _FORMS = (
 _DAYS_IN_MONTH = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 
 
+@lru_cache(64)  # most are the current time, or when a snapshot was activated
 def format_date(seconds: int) -> str:
     """Epoch seconds as `Sun, 06 Nov 1994 08:49:37 GMT`."""
     t = gmtime(seconds)

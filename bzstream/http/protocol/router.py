@@ -20,11 +20,8 @@ class _Route:
     segments: tuple[str, ...]
     endpoints: dict[str, Endpoint] = field(default_factory=dict)
 
-    def allow(self) -> str:
-        """The value of an Allow field."""
-        return ", ".join(sorted(self.endpoints))
-
     def match(self, segments: tuple[str, ...]) -> dict[str, str] | None:
+        """The values of the pattern's names in a path of these decoded segments, or None when it is another path."""
         if len(segments) != len(self.segments):
             return None
         params: dict[str, str] = {}
@@ -41,25 +38,15 @@ class _Route:
 class Router:
     """A table of routes; routes without names win over those with."""
 
-    __slots__ = ("_as_written", "_literal", "_named")
+    __slots__ = ("_routes",)
 
     def __init__(self) -> None:
-        self._literal: dict[tuple[str, ...], _Route] = {}
-        self._as_written: dict[str, _Route] = {}
-        self._named: list[_Route] = []
+        self._routes: dict[str, _Route] = {}
 
     def add(self, method: str, pattern: str, endpoint: Endpoint) -> None:
         """Route `method` of `pattern` (such as `/submissions/{id}`) to `endpoint`; for GET also HEAD."""
         assert pattern.startswith("/"), "a pattern is a path"
-        segments = tuple(pattern.split("/")[1:])
-        if "{" not in pattern:
-            route = self._literal.setdefault(segments, _Route(pattern, segments))
-            self._as_written[pattern] = route
-        else:
-            found = [route for route in self._named if route.pattern == pattern]
-            route = found[0] if found else _Route(pattern, segments)
-            if not found:
-                self._named.append(route)
+        route = self._routes.setdefault(pattern, _Route(pattern, tuple(pattern.split("/")[1:])))
         route.endpoints[method] = endpoint
         if method == "GET":
             route.endpoints["HEAD"] = endpoint
@@ -72,22 +59,20 @@ class Router:
         if request.path == "*":
             request.route = "*"
             return Endpoint(self._options)
-        route = self._as_written.get(request.path)
-        if route is None:
-            route = self._decoded(request)
+        route = self._routes.get(request.path)
+        if route is None or "{" in request.path:
+            route = self._find(request)
         request.route = route.pattern
         endpoint = route.endpoints.get(request.method)
         if endpoint is None:
-            allow = route.allow()
+            allow = ", ".join(sorted(route.endpoints))
             raise HttpError(405, "method_not_allowed", f"This path answers {allow}, nothing else.", (("Allow", allow),))
         return endpoint
 
-    def _decoded(self, request: Request) -> _Route:
+    def _find(self, request: Request) -> _Route:
         """The route of a path by its decoded segments; fills in `params`."""
         segments = tuple(unquote(segment) for segment in request.path.split("/")[1:])
-        if (literal := self._literal.get(segments)) is not None:
-            return literal
-        for route in self._named:
+        for route in sorted(self._routes.values(), key=lambda route: "{" in route.pattern):
             if (params := route.match(segments)) is not None:
                 request.params = params
                 return route
@@ -95,6 +80,5 @@ class Router:
 
     def _options(self, request: Request) -> Response:
         """`OPTIONS *` (RFC 9110 9.3.7): what the server as a whole can do."""
-        routes = [*self._literal.values(), *self._named]
-        methods = sorted({method for route in routes for method in route.endpoints} | {"OPTIONS"})
+        methods = sorted({method for route in self._routes.values() for method in route.endpoints} | {"OPTIONS"})
         return Response(204, (("Allow", ", ".join(methods)),))

@@ -32,7 +32,7 @@ from bzstream.http.send.fair_queue import FairQueue
 from bzstream.http.send.page_cache import PageCacheProbe, Probe
 from bzstream.http.send.poller import Poller
 from bzstream.http.send.read_ahead import ReadAhead
-from bzstream.http.send.strategies import DedicatedThread, SharedTurn, Strategy, Turn
+from bzstream.http.send.strategies import DedicatedThread, SharedTurn, Turn
 from bzstream.http.send.transfer import BLOCKED, BUSY, COLD, OVER, READY, Transfer
 from bzstream.payload import UnitFile
 
@@ -94,8 +94,8 @@ class Sender:
         self._idle = 0
         """Threads that wait in the poller."""
         self._closed = False
-        self._shared: Strategy = SharedTurn(quantum, self._arm, clock)
-        self._dedicated: Strategy = DedicatedThread(dedicated_bytes, self._arm, clock, self._may_stay)
+        self._shared = SharedTurn(quantum, self._arm, clock)
+        self._dedicated = DedicatedThread(dedicated_bytes, self._arm, clock, self._may_stay)
         self._shared_places = threading.Semaphore(shared_threads)
         self._threads: list[threading.Thread] = []
         self._thread_count = shared_threads + max_dedicated

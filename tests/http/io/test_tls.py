@@ -120,3 +120,19 @@ def test_a_key_without_a_certificate(pem: tuple[Path, Path]) -> None:
 
     with pytest.raises(TlsError):
         asyncio.run(make())
+
+
+def test_suites_without_authenticated_encryption_are_refused(serve: Serve, pem: tuple[Path, Path]) -> None:
+    server = serve(tls_cert=str(pem[0]), tls_key=str(pem[1]))
+    context = ssl.create_default_context(cadata=FIRST_CERT)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    for suites, works in (("ECDHE+AESGCM", True), ("ECDHE+AES:!AESGCM:!AESCCM", False)):
+        context.set_ciphers(suites)
+        with server.connect() as client:
+            if works:
+                client.socket = context.wrap_socket(client.socket, server_hostname="localhost")
+                client.send(PEER)
+                assert client.read().status == 200
+            else:
+                with pytest.raises(ssl.SSLError, match="(?i)alert"):
+                    context.wrap_socket(client.socket, server_hostname="localhost")
