@@ -134,5 +134,5 @@ def test_suites_without_authenticated_encryption_are_refused(serve: Serve, pem: 
                 client.send(PEER)
                 assert client.read().status == 200
             else:
-                with pytest.raises(ssl.SSLError, match="(?i)alert"):
+                with pytest.raises(ssl.SSLError, match=r"(?i)alert"):
                     context.wrap_socket(client.socket, server_hostname="localhost")

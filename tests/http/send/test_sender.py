@@ -40,7 +40,11 @@ class Noting(MemoryTransport):
     def __init__(self, error: Exception | None = None) -> None:
         super().__init__([], eof=False)
         self.threads: set[int] = set()
+        self.waited: set[bool] = set()
         self.error = error
+
+    def wait_for_room(self, wait: bool) -> None:
+        self.waited.add(wait)
 
     def send(self, data: bytes | memoryview, more: bool) -> int:
         self.threads.add(threading.get_ident())
@@ -65,6 +69,7 @@ def test_bytes_leave_on_a_sending_thread_and_the_owner_hears_on_the_loop(max_ded
         assert owner.thread == threading.get_ident()
         assert transport.threads
         assert threading.get_ident() not in transport.threads
+        assert transport.waited == {max_dedicated > 0}, "a thread of its own waits for the reader"
         assert not sender.active
         await sender.close()
 
