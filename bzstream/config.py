@@ -167,8 +167,20 @@ class ChainSettings(_Section, frozen=True):
     step_timeout_s: Seconds = 30.0
     """Bound on every single wait for the node: the SDK's block stream hangs for ever on some closes."""
     set_weights: bool = False
+    """Set the weights of every round on the chain, signed by `node.wallet`."""
     weights_top_k: Count = 64
     """Hotkeys that share the weights of a round at the most."""
+    weights_alpha: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """Part of the newest round in the moving average of weights over rounds; 1: no average."""
+    weights_version_key: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    """Version key sent with the weights; default: the one that the chain asks for."""
+    burn: str | None = None
+    """Hotkey that gets the weight nobody earned, or "owner" for the hotkey of the subnet's owner."""
+    burn_rate: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """Part of every round's weight that goes to `burn`."""
+    keep_alive_blocks: Blocks = 4000
+    """Weights are set again when ours are so old. Subtensor takes a validator that set none for 5,000 blocks (its
+    default ActivityCutoff, 17 h) for inactive."""
 
     @property
     def cycle_phases(self) -> tuple[tuple[str, int, ShownAs], ...]:

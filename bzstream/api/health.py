@@ -71,6 +71,8 @@ class HealthEndpoint:
         found = [f"the file of {label} was damaged on disk" for label in state.damaged]
         if state.snapshots.problem is not None:
             found.append(state.snapshots.problem)
+        if state.weights is not None and state.weights.outcome in ("refused", "missed"):
+            found.append(f"the weights of round {state.weights.round} are not set: {state.weights.reason}")
         silence = state.evaluator_age
         if state.settings.evaluation.enabled and (silence is None or silence > EVALUATOR_SILENCE_S):
             found.append("no evaluator is running")

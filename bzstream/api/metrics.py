@@ -29,7 +29,16 @@ from bzstream.config import HttpSettings, MetricsSettings
 from bzstream.errors import BzstreamError
 from bzstream.http import Endpoint, Observer, Request, RequestRecord, Response, Router, Server
 
-__all__ = ["CHAIN_AGE", "DOWNLOADS", "RESTARTS", "SNAPSHOT_BLOCK", "SNAPSHOT_TIME", "Telemetry", "serve_metrics"]
+__all__ = [
+    "CHAIN_AGE",
+    "DOWNLOADS",
+    "RESTARTS",
+    "SNAPSHOT_BLOCK",
+    "SNAPSHOT_TIME",
+    "WEIGHTS_ROUND",
+    "Telemetry",
+    "serve_metrics",
+]
 
 REQUESTS = Counter("bzstream_http_requests", "Answered requests", ["method", "route", "status"])
 SENT = Counter("bzstream_http_sent_bytes", "Body bytes handed to the kernel", ["route"])
@@ -58,6 +67,12 @@ SNAPSHOT_TIME = Gauge(
     "bzstream_snapshot_published_seconds", "When the current snapshot was published", multiprocess_mode="livemostrecent"
 )
 CHAIN_AGE = Gauge("bzstream_chain_age_seconds", "Since the chain was last heard of", multiprocess_mode="livemostrecent")
+WEIGHTS_ROUND = Gauge(
+    "bzstream_weights_round",
+    "Newest round whose weights had this outcome on the chain (due, sent, set, refused, missed)",
+    ["outcome"],
+    multiprocess_mode="livemostrecent",
+)
 RESTARTS = Counter("bzstream_child_restarts", "Children that died and were started again", ["role"])
 DAMAGED = Counter("bzstream_damaged_files", "Files found shorter or changed while they were served")
 

@@ -13,6 +13,7 @@ from bzstream.api.access import AccessFiles
 from bzstream.chain.clock import Cycle
 from bzstream.chain.proofs import NonceCache
 from bzstream.chain.state import ChainState
+from bzstream.chain.weights import RoundWeights
 from bzstream.config import Settings
 from bzstream.http import HttpError
 from bzstream.model import SnapshotCache
@@ -43,6 +44,8 @@ class WorkerState:
     """Seconds since an evaluator's last sign of life, when the ledger was last read; None: there never was one."""
     ledger_problem: str | None = None
     """Why the ledger cannot be used, when it was last read."""
+    weights: RoundWeights | None = None
+    """What became of the newest round's weights on the chain; None where this node sets none."""
     damaged: list[str] = field(default_factory=list)
     """Labels of units whose file was cut or changed on disk."""
     draining: bool = False

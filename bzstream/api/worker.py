@@ -19,7 +19,15 @@ import structlog
 
 from bzstream.api.access import AccessFiles
 from bzstream.api.app import Api
-from bzstream.api.metrics import CHAIN_AGE, CONNECTIONS, DOWNLOADS, SNAPSHOT_BLOCK, SNAPSHOT_TIME, Telemetry
+from bzstream.api.metrics import (
+    CHAIN_AGE,
+    CONNECTIONS,
+    DOWNLOADS,
+    SNAPSHOT_BLOCK,
+    SNAPSHOT_TIME,
+    WEIGHTS_ROUND,
+    Telemetry,
+)
 from bzstream.api.state import WorkerState
 from bzstream.config import Settings
 from bzstream.errors import BzstreamError
@@ -118,6 +126,10 @@ async def _refresh_chain(state: WorkerState) -> None:
         state.chain = await state.ledger.chain_state()
         if state.settings.evaluation.enabled:
             state.evaluator_age = await state.ledger.evaluator_age()
+        if state.settings.chain.set_weights:
+            state.weights = await state.ledger.round_weights()
+            if state.weights is not None:
+                WEIGHTS_ROUND.labels(state.weights.outcome).set(state.weights.round)
     except BzstreamError:
         state.ledger_problem = "the ledger cannot be read"
         raise

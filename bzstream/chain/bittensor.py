@@ -18,15 +18,15 @@ import itertools
 import re
 import time
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any, TypeVar
 
 import structlog
 
 from bzstream.chain.clock import Cycle
 from bzstream.chain.keys import Key, is_hotkey
+from bzstream.chain.sdk_weights import SdkChain
 from bzstream.chain.state import ChainState
-from bzstream.chain.weight_setter import RoundLedger, WeightSetter, submit_weights
+from bzstream.chain.weight_setter import RoundLedger, WeightSetter
 from bzstream.config import ChainSettings
 from bzstream.errors import BzstreamError
 
@@ -54,11 +54,11 @@ async def watch(
     cycle: Cycle,
     offer: Callable[[ChainState], None],
     *,
-    book: RoundLedger | None = None,
+    ledger: RoundLedger | None = None,
     key: Key | None = None,
 ) -> None:
     """Watch the chain of `chain.netuid` at `chain.endpoint` for ever; every new head is offered as a state."""
-    watcher = _Watcher(settings, cycle, offer, book, key)
+    watcher = _Watcher(settings, cycle, offer, ledger, key)
     pause = PAUSE_FIRST_S
     try:
         for endpoint in itertools.cycle(settings.endpoint):
@@ -88,7 +88,7 @@ class _Watcher:
         settings: ChainSettings,
         cycle: Cycle,
         offer: Callable[[ChainState], None],
-        book: RoundLedger | None,
+        ledger: RoundLedger | None,
         key: Key | None,
     ) -> None:
         assert settings.netuid is not None
@@ -97,14 +97,13 @@ class _Watcher:
         self._cycle = cycle
         self._offer = offer
         self._key = key
-        self._setter = (
-            WeightSetter(book, cycle, settings.weights_top_k) if book is not None and key is not None else None
-        )
+        self._setter = WeightSetter(ledger, cycle, settings, key) if ledger is not None and key is not None else None
         self.heads = 0
         """Heads seen, over all sessions."""
         self._block = 0
         self._lagging = 0
-        self._uids: dict[str, int] = {}
+        self._last_updates: dict[str, int] = {}
+        """Hotkey -> block of its last weights, of everybody who is registered."""
         self._validators: frozenset[str] = frozenset()
         self._registered_at: int | None = None
         self._hashes: dict[int, str] = {}
@@ -152,14 +151,14 @@ class _Watcher:
                 block=block,
                 observed_at=time.time(),
                 validators=self._validators,
-                miners=frozenset(self._uids),
+                miners=frozenset(self._last_updates),
                 frozen=False,
                 hashes=dict(self._hashes),
             )
         )
         if self._setter is not None and self._key is not None:
-            submit = partial(submit_weights, client, self._netuid, dict(self._uids), self._key)
-            self._setter.consider(block, submit)
+            last_update = self._last_updates.get(self._key.ss58_address)
+            self._setter.consider(block, last_update, SdkChain(client, self._netuid))
 
     def _check_lag(self, block: int) -> None:
         if block >= self._block - LAG_BLOCKS:
@@ -175,7 +174,7 @@ class _Watcher:
         if graph is None:
             raise ChainError(f"there is no subnet {self._netuid} on this chain; check chain.netuid and chain.endpoint")
         neurons = [neuron for neuron in graph if is_hotkey(neuron.hotkey)]
-        self._uids = {neuron.hotkey: neuron.uid for neuron in neurons}
+        self._last_updates = {neuron.hotkey: neuron.last_update for neuron in neurons}
         self._validators = frozenset(neuron.hotkey for neuron in neurons if neuron.validator_permit)
         self._registered_at = block
 

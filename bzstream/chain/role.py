@@ -40,18 +40,18 @@ async def run(
     publish: Callable[[ChainState], Awaitable[None]],
     stop: asyncio.Event,
     *,
-    book: Book | None = None,
+    ledger: RoleLedger | None = None,
     store: BaseStore | None = None,
     wallet: str | None = None,
 ) -> None:
     """Watch the chain until `stop` is set. `publish` writes a state into the ledger and may raise BzstreamError.
 
-    With a `book` and a `store` the base of every round is noted (see `round_base`). With `chain.set_weights` the
-    weights of finished rounds are submitted, signed by `wallet`, from what `book` tells.
+    With a `ledger` and a `store` the base of every round is noted (see `round_base`). With `chain.set_weights` the
+    weights of finished rounds are submitted, signed by `wallet`, from what `ledger` tells.
     Raises KeyUnavailable when that wallet cannot be opened.
     """
     cycle = Cycle.of(settings)
-    recorder = None if book is None or store is None else BaseRecorder(cycle, book, store)
+    recorder = None if ledger is None or store is None else BaseRecorder(cycle, ledger, store)
     mailbox = StateWriter(publish, recorder)
     if settings.file is not None:
         watching = _watch_file(Path(settings.file), cycle, mailbox.offer)
@@ -62,7 +62,7 @@ async def run(
         key = await asyncio.to_thread(load_key, wallet) if settings.set_weights and wallet is not None else None
         if settings.set_weights and key is None:
             _log.warning("chain.set_weights is on but node.wallet is not set; no weights will be submitted")
-        watching = bittensor.watch(settings, cycle, mailbox.offer, book=book, key=key)
+        watching = bittensor.watch(settings, cycle, mailbox.offer, ledger=ledger, key=key)
     else:
         _log.warning("no chain is configured; set chain.file, or chain.endpoint and chain.netuid")
         await stop.wait()
@@ -78,7 +78,7 @@ async def run(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class Book(RoundLedger, BaseLedger, Protocol):
+class RoleLedger(RoundLedger, BaseLedger, Protocol):
     """What the role keeps in the ledger besides the chain's state."""
 
 

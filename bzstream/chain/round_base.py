@@ -59,9 +59,9 @@ class BaseStore(Protocol):
 class BaseRecorder:
     """Notes the base of every round that the chain role sees."""
 
-    def __init__(self, cycle: Cycle, book: BaseLedger, store: BaseStore) -> None:
+    def __init__(self, cycle: Cycle, ledger: BaseLedger, store: BaseStore) -> None:
         self._cycle = cycle
-        self._book = book
+        self._ledger = ledger
         self._store = store
         self._pinning = WarnOnce(_log.warning)
         self._noted: int | None = None
@@ -81,7 +81,7 @@ class BaseRecorder:
         """Write what was noted since the last call. Raises BzstreamError; the next call then tries again."""
         while self._pending:
             base = self._pending[0]
-            if await self._book.write_round_base(base):
+            if await self._ledger.write_round_base(base):
                 due = self._cycle.last_distribute_block(base.block)
                 if base.block == due:
                     _log.info("base of the round", round=base.round, version=base.model_version)
@@ -94,7 +94,7 @@ class BaseRecorder:
                         block=base.block,
                         due=due,
                     )
-            versions = await self._book.round_bases(base.round - self._cycle.length)
+            versions = await self._ledger.round_bases(base.round - self._cycle.length)
             try:
                 self._store.pin(set(versions.values()))
                 self._pinning.succeeded()

@@ -1,22 +1,52 @@
-"""From a round's scores to the validator's weights: one documented, pure rule.
+"""From a round's scores to the validator's weights: one documented rule, pure functions over plain values.
 
-    1. Only submissions that were scored above zero count.
-    2. The best `top_k` share the weights. Of equal scores the one with precedence is the better: whoever was first.
-    3. Each gets its score's part of the sum, so that the weights are positive and sum to 1.
-A round's weights are due in the cycle after it, as soon as nobody works on it any more, at the latest from the commit
-phase on (what is not scored then never will be in time). They may be submitted until that cycle ends.
+    1. Only submissions that were scored above zero count. The best `top_k` share the round; of equal scores the one
+       with precedence is the better. Each gets its score's part of the sum (`weights_of`).
+    2. `burn_rate` of the round goes to the burn target; all of it when nobody scored above zero (`with_burn`).
+    3. The shares are averaged with those of the round before: alpha * new + (1 - alpha) * old (`smooth`).
+    4. When they are sent, a hotkey that is not registered any more gives its share to the burn target; no miner gets
+       more than the subnet's limit, the rest goes to the burn target; and where the subnet wants one weight more than
+       there are, the burn target gets the smallest one (`fit`).
+A round's weights are due once its submit phase is over, as soon as no evaluator works on it any more, at the latest
+from the next cycle's commit phase on (what is not scored then never will be in time). They may be sent until the next
+round is due.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
 
-__all__ = ["Scored", "weights_of"]
+from bzstream.errors import BzstreamError
+
+__all__ = [
+    "Limits",
+    "Outcome",
+    "RoundWeights",
+    "ScoredResult",
+    "WeightsImpossible",
+    "fit",
+    "smooth",
+    "weights_of",
+    "with_burn",
+]
+
+U16_MAX = 65535
+NEGLIGIBLE = 1e-5
+"""A share below this is dropped after averaging: as u16, scaled to the largest, it is nothing or next to nothing."""
+
+Outcome = Literal["due", "sent", "set", "refused", "missed"]
+"""due: to be tried (again). sent: signed, and not known to have landed. set: landed, in a final block. refused: the
+chain will not take it until something changes. missed: the next round came first."""
 
 
-class Scored(Protocol):
+class WeightsImpossible(BzstreamError):
+    """The subnet's rules cannot be met with the round's weights; nothing was sent."""
+
+
+class ScoredResult(Protocol):
     """A submission that counts in its round, as the ledger tells it."""
 
     @property
@@ -30,7 +60,31 @@ class Scored(Protocol):
         """When the submission counts as made, in seconds; the earlier wins."""
 
 
-def weights_of(results: Iterable[Scored], top_k: int) -> dict[str, float]:
+@dataclass(frozen=True, slots=True)
+class RoundWeights:
+    """What became of one round's weights."""
+
+    round: int
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Hotkey -> share, together 1; empty until they were worked out."""
+    outcome: Outcome = "due"
+    reason: str | None = None
+    attempts: int = 0
+    """How often they were signed."""
+    block: int | None = None
+    """The head when they were signed last; once they are set, the block that holds them."""
+
+
+class Limits(NamedTuple):
+    """What the subnet demands of weights."""
+
+    min_weights: int = 1
+    max_weight: int = U16_MAX
+    """Largest part of all that one UID may have, in 65535ths."""
+    version_key: int = 0
+
+
+def weights_of(results: Iterable[ScoredResult], top_k: int) -> dict[str, float]:
     """Hotkey -> weight, the best first; empty when nobody scored above zero."""
     positive = [
         (result.hotkey, result.score, result.precedence)
@@ -40,6 +94,49 @@ def weights_of(results: Iterable[Scored], top_k: int) -> dict[str, float]:
     positive.sort(key=lambda one: (-one[1], one[2], one[0]))
     best = positive[:top_k]
     # Dividing by the largest first keeps the sum finite, whatever the scores' unit.
-    scaled = [(hotkey, score / best[0][1]) for hotkey, score, _ in best]
-    total = math.fsum(part for _, part in scaled)
-    return {hotkey: part / total for hotkey, part in scaled if part / total > 0}
+    return _normal({hotkey: score / best[0][1] for hotkey, score, _ in best})
+
+
+def with_burn(shares: Mapping[str, float], target: str | None, rate: float) -> dict[str, float]:
+    """The shares with the burn target's part of them. Without a target they stay as they are."""
+    if target is None:
+        return dict(shares)
+    burnt = rate if shares else 1.0
+    kept = {hotkey: share * (1 - burnt) for hotkey, share in shares.items()}
+    return _normal({**kept, target: kept.get(target, 0.0) + burnt})
+
+
+def smooth(old: Mapping[str, float], new: Mapping[str, float], alpha: float) -> dict[str, float]:
+    """The moving average of shares, the largest first; the new ones where there are no old ones, or no new ones."""
+    if alpha >= 1 or not old or not new:
+        return dict(new)
+    mixed = {hotkey: alpha * new.get(hotkey, 0.0) + (1 - alpha) * old.get(hotkey, 0.0) for hotkey in {**new, **old}}
+    kept = {hotkey: share for hotkey, share in mixed.items() if share >= NEGLIGIBLE}
+    return _normal(dict(sorted(kept.items(), key=lambda item: (-item[1], item[0]))))
+
+
+def fit(shares: Mapping[str, float], uids: Mapping[str, int], target: str | None, limits: Limits) -> dict[int, float]:
+    """UID -> weight as the subnet takes it. `uids`: hotkey -> UID now. Raises WeightsImpossible."""
+    burn = target if target in uids else None
+    present = {hotkey: share for hotkey, share in shares.items() if hotkey in uids}
+    if burn is not None:
+        limit = limits.max_weight / U16_MAX
+        capped = {hotkey: min(share, limit) for hotkey, share in present.items() if hotkey != burn}
+        present = {**capped, burn: max(0.0, math.fsum(shares.values()) - math.fsum(capped.values()))}
+        if present[burn] < 1 / U16_MAX:
+            del present[burn]
+            if len(present) < limits.min_weights and present:
+                present[burn] = max(present.values()) / U16_MAX
+    if not present:
+        raise WeightsImpossible("none of the hotkeys to be weighted is registered on the subnet")
+    if len(present) < limits.min_weights:
+        hint = "" if burn is not None else "; set chain.burn to a registered hotkey, or to owner"
+        raise WeightsImpossible(
+            f"the subnet wants at least {limits.min_weights} weights and this round has {len(present)}{hint}"
+        )
+    return {uids[hotkey]: share for hotkey, share in present.items()}
+
+
+def _normal(shares: Mapping[str, float]) -> dict[str, float]:
+    total = math.fsum(shares.values())
+    return {hotkey: share / total for hotkey, share in shares.items() if share / total > 0}

@@ -61,7 +61,11 @@ def _check_http(settings: HttpSettings) -> None:
 
 
 def _check_chain(settings: Settings) -> None:
+    from bzstream.chain.keys import is_hotkey
+
     chain = settings.chain
+    if chain.burn not in (None, "owner") and not is_hotkey(chain.burn):
+        raise NodeError("chain.burn is neither a hotkey (SS58) nor owner; name where unearned weight goes")
     if chain.file is not None:
         if not Path(chain.file).exists():
             raise NodeError(f"there is no chain file {chain.file}; check --chain-file")

@@ -110,7 +110,7 @@ async def _run_role(spec: ChildSpec, stop: asyncio.Event, changes: asyncio.Queue
                 settings.chain,
                 ledger.write_chain_state,
                 stop,
-                book=ledger,
+                ledger=ledger,
                 store=Store(settings.store_path()),
                 wallet=settings.node.wallet,
             )

@@ -23,10 +23,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, bindparam, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, delete, func, insert, select, true, update
 
 from bzstream.chain.round_base import RoundBase
 from bzstream.chain.state import ChainState
+from bzstream.chain.weights import RoundWeights
 from bzstream.submissions.admission import Admission
 from bzstream.submissions.database import Database, LedgerUnavailable
 from bzstream.submissions.leases import (
@@ -49,8 +50,8 @@ from bzstream.submissions.schema import (
     evaluators,
     migrate,
     round_bases,
+    round_weights,
     submissions,
-    weights_set,
 )
 from bzstream.submissions.states import UNFINISHED, Status, may_follow
 from bzstream.submissions.types import AdmissionResult, Candidate, EvaluationRow, Job, RoundScores, SubmissionRow
@@ -180,13 +181,17 @@ class Ledger(_Base):
         """Note that the evaluator `worker` is alive; `AsyncLedger.evaluator_age` tells when one was last."""
         self._writer.call(_heartbeat, worker)
 
-    def weights_are_set(self, round_: int) -> bool:
-        """Whether the weights of a round are confirmed on the chain."""
-        return self._read(lambda connection: _weights_are_set(connection, round_))
+    def round_weights(self, round_: int | None = None) -> RoundWeights | None:
+        """What became of a round's weights; without a number of the newest round that has any."""
+        return self._read(lambda connection: _weights_of_round(connection, round_))
 
-    def confirm_weights(self, round_: int) -> None:
-        """Remember that the weights of a round are confirmed on the chain."""
-        self._writer.call(_confirm_weights, round_)
+    def weights_before(self, round_: int) -> RoundWeights | None:
+        """What became of the weights of the newest round before `round_` that has any."""
+        return self._read(lambda connection: _newest_weights(connection, round_weights.c.round < round_))
+
+    def write_round_weights(self, weights: RoundWeights) -> None:
+        """Keep what became of a round's weights, in place of what was known before."""
+        self._writer.call(_write_round_weights, weights)
 
     def write_evaluation(self, row: EvaluationRow) -> None:
         """Keep the evaluation of a submission, in place of an earlier one of it."""
@@ -241,13 +246,17 @@ class AsyncLedger(_Base):
         """Seconds since any evaluator's last sign of life; None when there never was one."""
         return await self._read(lambda connection: connection.execute(_EVALUATOR_AGE).scalar_one())
 
-    async def weights_are_set(self, round_: int) -> bool:
-        """As Ledger.weights_are_set."""
-        return await self._read(lambda connection: _weights_are_set(connection, round_))
+    async def round_weights(self, round_: int | None = None) -> RoundWeights | None:
+        """As Ledger.round_weights."""
+        return await self._read(lambda connection: _weights_of_round(connection, round_))
 
-    async def confirm_weights(self, round_: int) -> None:
-        """As Ledger.confirm_weights."""
-        await self._writer.submit(_confirm_weights, round_)
+    async def weights_before(self, round_: int) -> RoundWeights | None:
+        """As Ledger.weights_before."""
+        return await self._read(lambda connection: _newest_weights(connection, round_weights.c.round < round_))
+
+    async def write_round_weights(self, weights: RoundWeights) -> None:
+        """As Ledger.write_round_weights."""
+        await self._writer.submit(_write_round_weights, weights)
 
     async def round_bases(self, since: int) -> dict[int, str]:
         """Round -> the model version that it is scored against, of the rounds from `since` on."""
@@ -301,15 +310,22 @@ def _heartbeat(connection: Connection, workers: Sequence[str]) -> Sequence[None]
     return [None] * len(workers)
 
 
-def _weights_are_set(connection: Connection, round_: int) -> bool:
-    return connection.execute(select(weights_set).where(weights_set.c.round == round_)).first() is not None
+def _weights_of_round(connection: Connection, round_: int | None) -> RoundWeights | None:
+    return _newest_weights(connection, true() if round_ is None else round_weights.c.round == round_)
 
 
-def _confirm_weights(connection: Connection, rounds: Sequence[int]) -> Sequence[None]:
-    for round_ in rounds:
-        if not _weights_are_set(connection, round_):
-            connection.execute(insert(weights_set).values(round=round_, confirmed_at=db_now()))
-    return [None] * len(rounds)
+def _newest_weights(connection: Connection, chosen: ColumnElement[bool]) -> RoundWeights | None:
+    newest = select(round_weights).where(chosen).order_by(round_weights.c.round.desc()).limit(1)
+    row = connection.execute(newest).one_or_none()
+    return None if row is None else RoundWeights(**{**row._mapping, "shares": json.loads(row.shares)})
+
+
+def _write_round_weights(connection: Connection, written: Sequence[RoundWeights]) -> Sequence[None]:
+    for weights in written:
+        connection.execute(delete(round_weights).where(round_weights.c.round == weights.round))
+        values = {**asdict(weights), "shares": json.dumps(weights.shares)}
+        connection.execute(insert(round_weights).values(**values))
+    return [None] * len(written)
 
 
 def _evaluations(connection: Connection, *chosen: ColumnElement[bool], record: bool = True) -> list[EvaluationRow]:

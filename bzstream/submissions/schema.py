@@ -23,6 +23,7 @@ from sqlalchemy import (
     UniqueConstraint,
     insert,
     inspect,
+    literal,
     select,
     update,
 )
@@ -40,8 +41,8 @@ __all__ = [
     "evaluators",
     "migrate",
     "round_bases",
+    "round_weights",
     "submissions",
-    "weights_set",
 ]
 
 
@@ -125,11 +126,22 @@ evaluators = Table(
     Column("seen_at", Float(53), nullable=False),  # its last sign of life, by the database's clock
 )
 
-weights_set = Table(
+_weights_set = Table(  # of ledgers up to version 3
     "weights_set",
     _metadata,
     Column("round", BigInteger, primary_key=True, autoincrement=False),
     Column("confirmed_at", Float(53), nullable=False),
+)
+
+round_weights = Table(
+    "round_weights",
+    _metadata,
+    Column("round", BigInteger, primary_key=True, autoincrement=False),
+    Column("shares", Text, nullable=False),  # JSON: hotkey -> share
+    Column("outcome", Text, nullable=False),
+    Column("reason", Text),
+    Column("attempts", Integer, nullable=False),
+    Column("block", BigInteger),
 )
 
 round_bases = Table(
@@ -154,7 +166,7 @@ evaluations = Table(
 
 
 def _first(connection: Connection) -> None:
-    _metadata.create_all(connection, [schema_version, submissions, chain_state, evaluators, weights_set])
+    _metadata.create_all(connection, [schema_version, submissions, chain_state, evaluators, _weights_set])
     connection.execute(insert(schema_version).values(version=0))
 
 
@@ -167,7 +179,14 @@ def _round_bases(connection: Connection) -> None:
     round_bases.create(connection)
 
 
-MIGRATIONS: Sequence[Callable[[Connection], None]] = (_first, _evaluations, _round_bases)
+def _round_weights(connection: Connection) -> None:
+    round_weights.create(connection)
+    confirmed = select(_weights_set.c.round, literal("{}"), literal("set"), literal(0))
+    connection.execute(insert(round_weights).from_select(["round", "shares", "outcome", "attempts"], confirmed))
+    _weights_set.drop(connection)
+
+
+MIGRATIONS: Sequence[Callable[[Connection], None]] = (_first, _evaluations, _round_bases, _round_weights)
 
 
 def migrate(connection: Connection, migrations: Sequence[Callable[[Connection], None]] = MIGRATIONS) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 
-from bzstream.submissions.states import Status
+from bzstream.submissions.states import FINAL, Status
 
 __all__ = [
     "AdmissionResult",
@@ -157,3 +157,8 @@ class RoundScores:
     round: int
     model_version: str | None
     results: tuple[SubmissionRow, ...]
+
+    @property
+    def unfinished(self) -> int:
+        """Submissions that an evaluator has still to work on."""
+        return sum(result.status not in FINAL for result in self.results)

@@ -30,6 +30,9 @@ class FakeNode:
         """Methods of the requests."""
         self.pool_answers: list[PoolError] = []
         """What the next extrinsics are refused with, the first first."""
+        self.after_submit: str | None = None
+        """What becomes of the next extrinsic that the pool has taken: "hang_up" closes the connection, "drop" forgets
+        the extrinsic and closes it."""
         self.connections: set[ServerConnection] = set()
         self.port = 0
         self._heads: dict[ServerConnection, str] = {}
@@ -120,7 +123,11 @@ class FakeNode:
         try:
             async for text in connection:
                 asked = json.loads(text)
-                answers = [self._answer(connection, one) for one in (asked if isinstance(asked, list) else [asked])]
+                try:
+                    answers = [self._answer(connection, one) for one in (asked if isinstance(asked, list) else [asked])]
+                except ConnectionAbortedError:
+                    await connection.close(1011)
+                    break
                 if not self.silent:
                     await connection.send(json.dumps(answers if isinstance(asked, list) else answers[0]))
                 self._changed.set()
@@ -179,6 +186,11 @@ class FakeNode:
                 extrinsic = chain.submit(bytes.fromhex(params[0][2:]))
                 subscription = f"watch-{len(chain.included)}-{extrinsic.hash}"
                 self._watches.append((connection, subscription, extrinsic.hash))
+                if self.after_submit is not None:
+                    if self.after_submit == "drop":
+                        chain.pool.remove(extrinsic)
+                    self.after_submit = None
+                    raise ConnectionAbortedError
                 return subscription
             case "author_unwatchExtrinsic":
                 self._watches = [watch for watch in self._watches if watch[1] != params[0]]

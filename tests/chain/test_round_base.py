@@ -58,7 +58,7 @@ async def watching(place: Path) -> AsyncIterator[tuple[Blocks, AsyncLedger]]:
     file, stop, ledger = place / "chain.json", asyncio.Event(), AsyncLedger.open(place / "ledger")
     blocks = Blocks(file, ledger)
     settings = ChainSettings(file=str(file))
-    role = asyncio.create_task(run(settings, blocks.publish, stop, book=ledger, store=Store(place / "store")))
+    role = asyncio.create_task(run(settings, blocks.publish, stop, ledger=ledger, store=Store(place / "store")))
     try:
         yield blocks, ledger
     finally:

@@ -1,21 +1,39 @@
-"""The rule from scores to weights, and the stubbornness with which they are submitted."""
+"""The rule from scores to weights, and how the setter goes about it, over a chain and a ledger in memory."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bzstream.chain.clock import Cycle
-from bzstream.chain.weight_setter import RETRY_BLOCKS, WeightSetter
-from bzstream.chain.weights import weights_of
+from bzstream.chain.keys import Key
+from bzstream.chain.weight_setter import (
+    ERA_BLOCKS,
+    REFUSED_RETRY_BLOCKS,
+    RETRY_BLOCKS,
+    NotingSigner,
+    Subnet,
+    WeightSetter,
+    WeightsRefused,
+)
+from bzstream.chain.weights import (
+    NEGLIGIBLE,
+    Limits,
+    RoundWeights,
+    WeightsImpossible,
+    fit,
+    smooth,
+    weights_of,
+    with_burn,
+)
+from bzstream.config import ChainSettings
 from tests.submissions.values import in_loop
 
 
@@ -31,6 +49,9 @@ SCORES = st.none() | st.floats() | st.just(0.5)
 RESULTS = st.lists(
     st.builds(Result, st.uuids().map(str), st.sampled_from(["scored", "rejected", "failed"]), SCORES, st.floats(0, 9)),
     max_size=12,
+)
+SHARES = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(1e-3, 1), min_size=1).map(
+    lambda raw: {hotkey: part / math.fsum(raw.values()) for hotkey, part in raw.items()}
 )
 
 
@@ -61,6 +82,51 @@ def test_the_rule_by_example() -> None:
     assert weights_of([], 64) == {}
 
 
+def test_burning_by_example() -> None:
+    assert with_burn({"a": 0.75, "b": 0.25}, "x", 0.2) == pytest.approx({"a": 0.6, "b": 0.2, "x": 0.2})
+    assert with_burn({"a": 0.75, "x": 0.25}, "x", 0.2) == pytest.approx({"a": 0.6, "x": 0.4})
+    assert with_burn({}, "x", 0.2) == {"x": 1.0}
+    assert with_burn({"a": 1.0}, None, 0.2) == {"a": 1.0}
+    assert with_burn({}, None, 0.2) == {}
+
+
+@given(SHARES, SHARES, st.floats(0.01, 1))
+def test_a_moving_average(old: dict[str, float], new: dict[str, float], alpha: float) -> None:
+    mixed = smooth(old, new, alpha)
+    assert math.isclose(sum(mixed.values()), 1)
+    for hotkey in {*old, *new}:
+        plain = alpha * new.get(hotkey, 0) + (1 - alpha) * old.get(hotkey, 0)
+        assert mixed.get(hotkey, 0) == pytest.approx(plain, abs=10 * NEGLIGIBLE)
+    assert smooth({}, new, alpha) == smooth(old, new, 1.0) == new
+
+
+UIDS = {hotkey: uid for uid, hotkey in enumerate("abcdefghx")}
+
+
+@given(SHARES, st.integers(1, 9), st.integers(7282, 65535))
+def test_limits_are_met_through_the_burn_target(shares: dict[str, float], least: int, most: int) -> None:
+    """Nobody but the burn target gets more than the limit, and nothing is lost."""
+    if len(shares) + 1 < least:
+        with pytest.raises(WeightsImpossible, match=f"at least {least} weights"):
+            fit(shares, UIDS, "x", Limits(least, most))
+        return
+    sent = fit(shares, UIDS, "x", Limits(least, most))
+    assert len(sent) >= least
+    assert math.isclose(sum(sent.values()), 1, abs_tol=1e-4)
+    for hotkey, share in shares.items():
+        assert sent[UIDS[hotkey]] == pytest.approx(min(share, most / 65535))
+
+
+def test_a_hotkey_that_left_gives_its_share_to_the_burn_target() -> None:
+    shares = {"a": 0.5, "gone": 0.3, "b": 0.2}
+    assert fit(shares, UIDS, "x", Limits()) == pytest.approx({0: 0.5, 1: 0.2, 8: 0.3})
+    assert fit(shares, UIDS, None, Limits()) == {0: 0.5, 1: 0.2}
+    with pytest.raises(WeightsImpossible, match="none of the hotkeys"):
+        fit({"gone": 1.0}, UIDS, None, Limits())
+    with pytest.raises(WeightsImpossible, match=r"set chain\.burn"):
+        fit({"a": 1.0}, UIDS, None, Limits(2))
+
+
 def test_weights_are_due_in_the_cycle_after() -> None:
     cycle = Cycle()
     assert cycle.due_round(419) is None
@@ -70,78 +136,179 @@ def test_weights_are_due_in_the_cycle_after() -> None:
 
 
 @dataclass
-class Book:
-    """A ledger's memory of one round."""
-
+class Round:
     results: Sequence[Result]
-    confirmed: set[int] = field(default_factory=set)
-    asked: list[int] = field(default_factory=list)
-
-    async def scores(self, round_: int, /) -> SimpleNamespace:
-        self.asked.append(round_)
-        return SimpleNamespace(results=self.results)
-
-    async def weights_are_set(self, round_: int, /) -> bool:
-        return round_ in self.confirmed
-
-    async def confirm_weights(self, round_: int, /) -> None:
-        self.confirmed.add(round_)
+    unfinished: int = 0
 
 
-async def drive(setter: WeightSetter, submit: Any, blocks: range) -> None:
+@dataclass
+class MemoryLedger:
+    """A ledger that remembers one round's results and all rounds' weights."""
+
+    round: Round
+    kept: dict[int, RoundWeights] = field(default_factory=dict)
+
+    async def scores(self, _: int, /) -> Round:
+        return self.round
+
+    async def round_weights(self, round_: int, /) -> RoundWeights | None:
+        return self.kept.get(round_)
+
+    async def weights_before(self, round_: int, /) -> RoundWeights | None:
+        earlier = [known for known in self.kept if known < round_]
+        return self.kept[max(earlier)] if earlier else None
+
+    async def write_round_weights(self, weights: RoundWeights, /) -> None:
+        self.kept[weights.round] = weights
+
+
+class MemoryChain:
+    """A subnet of hotkeys a and b; `answers` says what each attempt meets, the last one again and again."""
+
+    def __init__(self, *answers: Callable[[], int]) -> None:
+        self.answers = list(answers)
+        self.sent: list[Mapping[int, float]] = []
+        self.final = 0
+        self.last_update: int | None = 0
+
+    async def subnet(self) -> Subnet:
+        return Subnet({"a": 0, "b": 1}, Limits(), None)
+
+    async def settled(self, _: str, /) -> tuple[int, int | None]:
+        return self.final, self.last_update
+
+    async def send(self, weights: Mapping[int, float], _: int, signer: NotingSigner, /) -> int:
+        await signer.sign(b"")
+        self.sent.append(weights)
+        return (self.answers.pop(0) if len(self.answers) > 1 else self.answers[0])()
+
+
+def lands() -> int:
+    return 77
+
+
+def pool_is_full() -> int:
+    raise WeightsRefused("the pool is full", permanent=False)
+
+
+def no_permit() -> int:
+    raise WeightsRefused("NeuronNoValidatorPermit: no permit", permanent=True)
+
+
+def no_answer() -> int:
+    raise ConnectionError("lost")
+
+
+def setter_of(ledger: MemoryLedger, **settings: object) -> WeightSetter:
+    return WeightSetter(ledger, Cycle(), ChainSettings(**settings), Key.from_seed(b"v" * 32))  # type: ignore[arg-type]
+
+
+async def drive(setter: WeightSetter, chain: MemoryChain, blocks: range, last_update: int | None = None) -> None:
     for block in blocks:
-        setter.consider(block, submit)
-        for _ in range(10):
+        chain.final = max(0, block - 3)
+        setter.consider(block, last_update, chain)
+        for _ in range(20):
             await asyncio.sleep(0)
     await setter.close()
 
 
 @in_loop
-async def test_it_is_tried_until_confirmed_and_then_never_again() -> None:
-    book, submitted = Book([Result("a")]), []
-
-    async def submit(weights: Mapping[str, float]) -> None:
-        submitted.append(dict(weights))
-        if len(submitted) < 3:
-            raise ConnectionError("the pool is full")
-
-    await drive(WeightSetter(book, Cycle(), 64), submit, range(12600, 12700))
-    assert submitted == [{"a": 1.0}] * 3
-    assert book.confirmed == {12520}
-    await drive(WeightSetter(book, Cycle(), 64), submit, range(12700, 12720))  # a restarted role
-    assert len(submitted) == 3
+async def test_what_passes_is_tried_again_until_it_lands_and_then_never_again() -> None:
+    ledger, chain = MemoryLedger(Round([Result("a")])), MemoryChain(pool_is_full, pool_is_full, lands)
+    await drive(setter_of(ledger), chain, range(12600, 12700))
+    assert chain.sent == [{0: 1.0}] * 3
+    assert ledger.kept[12520] == RoundWeights(12520, {"a": 1.0}, "set", None, 3, 77)
+    await drive(setter_of(ledger), chain, range(12700, 12720))  # a restarted role
+    assert len(chain.sent) == 3
 
 
 @in_loop
-async def test_the_cycles_end_ends_the_trying() -> None:
-    book, rounds = Book([Result("a")]), []
+async def test_a_permanent_refusal_is_told_once_and_tried_seldom() -> None:
+    ledger, chain = MemoryLedger(Round([Result("a")])), MemoryChain(no_permit)
+    with structlog.testing.capture_logs() as logs:
+        await drive(setter_of(ledger), chain, range(12600, 12600 + 3 * REFUSED_RETRY_BLOCKS))
+    assert len(chain.sent) == 3
+    assert ["no permit" in entry["reason"] for entry in logs if entry["log_level"] == "error"] == [True]
+    assert (ledger.kept[12520].outcome, ledger.kept[12520].reason) == ("refused", "NeuronNoValidatorPermit: no permit")
 
-    async def submit(_: Mapping[str, float]) -> None:
-        rounds.append(book.asked[-1])
-        raise ConnectionError
 
-    await drive(WeightSetter(book, Cycle(), 64), submit, range(13010, 13030))
-    assert rounds == [12520] * (10 // RETRY_BLOCKS) + [12940] * (10 // RETRY_BLOCKS)
+@in_loop
+async def test_a_refusal_of_one_round_does_not_hold_up_the_next() -> None:
+    ledger, chain = MemoryLedger(Round([Result("a")])), MemoryChain(no_permit, lands)
+    await drive(setter_of(ledger), chain, range(13010, 13030))
+    assert [ledger.kept[round_].outcome for round_ in (12520, 12940)] == ["refused", "set"]
+
+
+@in_loop
+async def test_without_an_answer_the_chain_is_asked_before_another_attempt() -> None:
+    ledger, chain = MemoryLedger(Round([Result("a")])), MemoryChain(no_answer, lands)
+    await drive(setter_of(ledger), chain, range(12600, 12600 + ERA_BLOCKS))
+    assert (len(chain.sent), ledger.kept[12520].outcome) == (1, "sent")
+    chain.last_update = 12605  # it landed
+    await drive(setter_of(ledger), chain, range(12620, 12700))
+    assert len(chain.sent) == 1
+    assert (ledger.kept[12520].outcome, ledger.kept[12520].block) == ("set", 12605)
+
+
+@in_loop
+async def test_what_did_not_land_in_its_era_is_sent_again() -> None:
+    ledger, chain = MemoryLedger(Round([Result("a")])), MemoryChain(no_answer, lands)
+    await drive(setter_of(ledger), chain, range(12600, 12650))
+    assert (len(chain.sent), ledger.kept[12520].outcome) == (2, "set")
+
+
+@in_loop
+async def test_the_next_round_ends_the_trying_and_the_reason_is_kept() -> None:
+    ledger, chain = MemoryLedger(Round([Result("a")])), MemoryChain(pool_is_full)
+    await drive(setter_of(ledger), chain, range(13020 - 2 * RETRY_BLOCKS, 13020))
+    assert ledger.kept[12520].outcome == "due"
+    chain.answers = [lands]
+    await drive(setter_of(ledger), chain, range(13020, 13021))
+    missed = ledger.kept[12520]
+    assert (missed.outcome, missed.reason) == ("missed", "the next round came first; the pool is full")
+    assert ledger.kept[12940].outcome == "set"
 
 
 @pytest.mark.parametrize(("block", "tried"), [(12600, False), (12919, False), (12920, True), (13019, True)])
 def test_unfinished_rounds_wait_until_the_commit_phase(block: int, tried: bool) -> None:
-    submitted: list[Mapping[str, float]] = []
-
-    async def submit(weights: Mapping[str, float]) -> None:
-        submitted.append(weights)
-
-    book = Book([Result("a"), Result("b", "evaluating", None)])
-    asyncio.run(drive(WeightSetter(book, Cycle(), 64), submit, range(block, block + 1)))
-    assert bool(submitted) == tried
+    ledger, chain = MemoryLedger(Round([Result("a"), Result("b", "evaluating", None)], 1)), MemoryChain(lands)
+    asyncio.run(drive(setter_of(ledger), chain, range(block, block + 1)))
+    assert bool(chain.sent) == tried
 
 
 @in_loop
-async def test_a_round_without_scores_submits_nothing() -> None:
-    book = Book([Result("a", "rejected", 0.0)])
+async def test_nothing_sent_is_never_set() -> None:
+    ledger, chain = MemoryLedger(Round([Result("a", "rejected", 0.0)])), MemoryChain(lands)
+    await drive(setter_of(ledger), chain, range(12600, 12620))
+    assert not chain.sent
+    assert ledger.kept[12520].outcome == "refused"
+    assert "chain.burn is not set" in str(ledger.kept[12520].reason)
 
-    async def submit(_: Mapping[str, float]) -> None:
-        raise AssertionError("nothing to submit")
 
-    await drive(WeightSetter(book, Cycle(), 64), submit, range(12600, 12620))
-    assert len(book.asked) == 1
+@in_loop
+async def test_the_weight_that_nobody_earned_is_burnt() -> None:
+    ledger, chain = MemoryLedger(Round([Result("a", "rejected", 0.0)])), MemoryChain(lands)
+    await drive(setter_of(ledger, burn="b"), chain, range(12600, 12620))
+    assert chain.sent == [{1: 1.0}]
+
+
+@in_loop
+async def test_old_rounds_fade() -> None:
+    ledger, chain = MemoryLedger(Round([Result("a")])), MemoryChain(lands)
+    ledger.kept[12100] = RoundWeights(12100, {"b": 1.0}, "set", None, 1, 1)
+    await drive(setter_of(ledger, weights_alpha=0.25), chain, range(12600, 12620))
+    assert chain.sent == [pytest.approx({0: 0.25, 1: 0.75})]
+
+
+@in_loop
+async def test_weights_that_grow_old_are_set_again() -> None:
+    ledger, chain = MemoryLedger(Round([Result("a")])), MemoryChain(lands)
+    ledger.kept[12520] = RoundWeights(12520, {"a": 1.0}, "set", None, 1, 12600)
+    await drive(setter_of(ledger, keep_alive_blocks=100), chain, range(12600, 12699), last_update=12600)
+    assert not chain.sent
+    chain.last_update = 12690  # the newest metagraph is older than this
+    await drive(setter_of(ledger, keep_alive_blocks=100), chain, range(12700, 12701), last_update=12600)
+    assert not chain.sent
+    chain.last_update = 12600
+    await drive(setter_of(ledger, keep_alive_blocks=100), chain, range(12700, 12701), last_update=12600)
+    assert len(chain.sent) == 1

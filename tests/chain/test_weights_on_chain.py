@@ -6,19 +6,24 @@ No method of the SDK is replaced. What arrives is an extrinsic that is decoded a
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import structlog
+from typer.testing import CliRunner
 
 from bzstream.chain.keys import Key
 from bzstream.chain.role import run
+from bzstream.chain.weights import RoundWeights
+from bzstream.cli import command_line
 from bzstream.config import ChainSettings
 from bzstream.submissions.ledger import AsyncLedger, Ledger
 from tests.chain.node import FakeNode
-from tests.chain.subtensor import NETUID
+from tests.chain.subtensor import NETUID, PoolError
 from tests.submissions.values import HOTKEYS, ROUND, accepted, candidate, in_loop
 
 VALIDATOR = Key.from_seed(b"v" * 32)
@@ -58,7 +63,7 @@ async def role(node: FakeNode, where: Path, **changes: object) -> AsyncIterator[
     wallet.write_text((b"v" * 32).hex())
     settings = ChainSettings(endpoint=(node.url,), netuid=NETUID, set_weights=True, **changes)  # type: ignore[arg-type]
     ledger, stop = AsyncLedger.open(where), asyncio.Event()
-    running = asyncio.create_task(run(settings, ledger.write_chain_state, stop, book=ledger, wallet=str(wallet)))
+    running = asyncio.create_task(run(settings, ledger.write_chain_state, stop, ledger=ledger, wallet=str(wallet)))
     try:
         yield ledger
     finally:
@@ -68,10 +73,12 @@ async def role(node: FakeNode, where: Path, **changes: object) -> AsyncIterator[
         ledger.close()
 
 
-async def confirmed(ledger: AsyncLedger, round_: int = ROUND) -> None:
-    async with asyncio.timeout(20):
-        while not await ledger.weights_are_set(round_):
+async def outcome(ledger: AsyncLedger, expected: str, round_: int = ROUND) -> RoundWeights:
+    """What became of a round's weights, once it is that."""
+    async with asyncio.timeout(30):
+        while (weights := await ledger.round_weights(round_)) is None or weights.outcome != expected:
             await asyncio.sleep(0.02)
+    return weights
 
 
 @in_loop
@@ -84,7 +91,7 @@ async def test_plain_weights_arrive_as_u16(tmp_path: Path) -> None:
         async with role(node, tmp_path / "ledger") as ledger:
             await node.until(lambda: bool(node.chain.pool))
             await node.mine(DUE + 1)
-            await confirmed(ledger)
+            await outcome(ledger, "set")
     ((block, extrinsic, error),) = node.chain.included
     assert (block, extrinsic.signer, extrinsic.call, error) == (
         DUE + 1,
@@ -105,7 +112,7 @@ async def test_a_commit_reveal_subnet_gets_one_timelocked_commit(tmp_path: Path)
         async with role(node, tmp_path / "ledger") as ledger:
             await node.until(lambda: bool(node.chain.pool))
             await node.mine(DUE + 1)
-            await confirmed(ledger)
+            await outcome(ledger, "set")
             await node.mine(DUE + 8)
             await node.mine(DUE + 16)
     assert [error for _, _, error in node.chain.included] == [None]
@@ -116,6 +123,134 @@ async def test_a_commit_reveal_subnet_gets_one_timelocked_commit(tmp_path: Path)
     now = (time.time() - 1692803367) / 3
     assert 0 < commit.arguments["reveal_round"] - now < 2 * 361 * 12 / 3
     assert len(commit.arguments["commit"]) > 100
+
+
+@in_loop
+async def test_they_are_those_that_the_command_prints(tmp_path: Path) -> None:
+    """Also with a burn rate, a limit for each UID, and a minimum of weights; the owner gets what nobody may have."""
+    owner = HOTKEYS[8]
+    with_scores(tmp_path / "ledger", {HOTKEYS[0]: 3.0, HOTKEYS[1]: 1.0})
+    async with FakeNode() as node:
+        subnet(node, commit_reveal=False)
+        node.chain.set("SubnetOwnerHotkey", NETUID, value=owner)
+        node.chain.set("MinAllowedWeights", NETUID, value=3)
+        node.chain.set("WeightsVersionKey", NETUID, value=7)
+        async with role(node, tmp_path / "ledger", burn="owner", burn_rate=0.25) as ledger:
+            await node.until(lambda: bool(node.chain.pool))
+            await node.mine(DUE + 1)
+            await outcome(ledger, "set")
+    shown = weights_command(tmp_path / "ledger")
+    assert shown == pytest.approx({HOTKEYS[0]: 0.5625, HOTKEYS[1]: 0.1875, owner: 0.25})
+    held = node.chain.weights_of(VALIDATOR.ss58_address)
+    assert {hotkey: round(share / 0.5625 * 65535) for hotkey, share in shown.items()} == held
+    assert node.chain.included[0][1].arguments["version_key"] == 7
+
+
+@in_loop
+async def test_limits_of_the_subnet_are_met_through_the_burn_target(tmp_path: Path) -> None:
+    with_scores(tmp_path / "ledger", {HOTKEYS[0]: 3.0})
+    async with FakeNode() as node:
+        subnet(node, commit_reveal=False)
+        node.chain.set("MinAllowedWeights", NETUID, value=2)
+        node.chain.set("MaxWeightsLimit", NETUID, value=39321)  # 60%
+        async with role(node, tmp_path / "ledger", burn=HOTKEYS[5]) as ledger:
+            await node.until(lambda: bool(node.chain.pool))
+            await node.mine(DUE + 1)
+            await outcome(ledger, "set")
+    assert node.chain.weights_of(VALIDATOR.ss58_address) == {HOTKEYS[0]: 65535, HOTKEYS[5]: 43690}
+
+
+@in_loop
+async def test_a_uid_that_changed_hands_gets_nothing(tmp_path: Path) -> None:
+    """The metagraph is read every 10 blocks; UIDs are asked for at the moment of the attempt."""
+    with_scores(tmp_path / "ledger", {HOTKEYS[0]: 3.0, HOTKEYS[1]: 1.0})
+    async with FakeNode() as node:
+        subnet(node, commit_reveal=False, block=DUE - 1)
+        async with role(node, tmp_path / "ledger") as ledger:
+            await node.subscribed()
+            node.neurons = [node.neurons[0], (HOTKEYS[1], False), (HOTKEYS[9], False)]
+            await mine_until(node, ledger, DUE)
+    assert node.chain.weights_of(VALIDATOR.ss58_address) == {HOTKEYS[1]: 65535}
+
+
+@pytest.mark.parametrize(
+    ("item", "value", "name"),
+    [
+        ("ValidatorPermit", [False] * 17, "NeuronNoValidatorPermit"),
+        ("WeightsVersionKey", 9, "IncorrectWeightVersionKey"),
+        ("MinAllowedWeights", 5, "at least 5 weights"),
+    ],
+)
+@in_loop
+async def test_what_no_attempt_can_change_is_told_once(tmp_path: Path, item: str, value: object, name: str) -> None:
+    with_scores(tmp_path / "ledger", {HOTKEYS[0]: 3.0})
+    with structlog.testing.capture_logs() as logs:
+        async with FakeNode() as node:
+            subnet(node, commit_reveal=False)
+            node.chain.set(item, NETUID, value=value)
+            async with role(node, tmp_path / "ledger", weights_version_key=1) as ledger:
+                await mine_until(node, ledger, DUE + 1, "refused")
+                refused = await outcome(ledger, "refused")
+                assert name in str(refused.reason)
+                for block in range(node.block + 1, node.block + 30):
+                    await node.mine(block)
+    assert [entry["round"] for entry in logs if entry["log_level"] == "error"] == [ROUND]
+    assert len(node.chain.included) <= 1
+    assert node.chain.weights_of(VALIDATOR.ss58_address) == {}
+
+
+@in_loop
+async def test_a_full_pool_is_tried_again(tmp_path: Path) -> None:
+    with_scores(tmp_path / "ledger", {HOTKEYS[0]: 3.0})
+    async with FakeNode() as node:
+        subnet(node, commit_reveal=False)
+        node.pool_answers = [PoolError(1014, "Priority is too low: (1 vs 2)", "The transaction has too low priority")]
+        async with role(node, tmp_path / "ledger") as ledger:
+            assert "Priority" in str((await outcome(ledger, "due")).reason)
+            await node.subscribed()
+            await node.mine(DUE + 5)
+            await node.until(lambda: bool(node.chain.pool))
+            await node.mine(DUE + 6)
+            await outcome(ledger, "set")
+    assert len(node.chain.included) == 1
+
+
+@pytest.mark.parametrize("lost", ["hang_up", "drop", "killed"])
+@in_loop
+async def test_an_unknown_outcome_is_settled_by_the_chain(tmp_path: Path, lost: str) -> None:
+    """The connection ends, or the role is killed, after the extrinsic was handed over. It lands once, or is sent
+    again once its era is over; never both."""
+    with_scores(tmp_path / "ledger", {HOTKEYS[0]: 3.0})
+    async with FakeNode() as node:
+        subnet(node, commit_reveal=False)
+        node.after_submit = None if lost == "killed" else lost
+        async with role(node, tmp_path / "ledger") as ledger:
+            await outcome(ledger, "sent")
+            await node.until(lambda: "author_submitAndWatchExtrinsic" in node.asked)
+            if lost != "killed":
+                await mine_until(node, ledger, DUE + 1)
+        if lost == "killed":
+            assert len(node.chain.pool) == 1
+            async with role(node, tmp_path / "ledger") as ledger:
+                await mine_until(node, ledger, DUE + 1)
+    assert [error for _, _, error in node.chain.included] == [None]
+    assert node.chain.weights_of(VALIDATOR.ss58_address) == {HOTKEYS[0]: 65535}
+
+
+async def mine_until(node: FakeNode, ledger: AsyncLedger, block: int, expected: str = "set") -> None:
+    """Mine block after block, each final after three more, until the round's weights have an outcome."""
+    async with asyncio.timeout(60):
+        while (weights := await ledger.round_weights(ROUND)) is None or weights.outcome != expected:
+            await node.subscribed()
+            await node.mine(block, finalized=block - 3)
+            block += 1
+            await asyncio.sleep(0.05)  # the role looks at each block
+
+
+def weights_command(ledger: Path) -> dict[str, float]:
+    result = CliRunner().invoke(command_line(), ["weights", "--ledger", str(ledger), "--json"])
+    shown: dict[str, float] = json.loads(result.output)["weights"]
+    return shown
 
 
 def with_scores(where: Path, scores: dict[str, float]) -> None:

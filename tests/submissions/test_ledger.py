@@ -20,6 +20,7 @@ from sqlalchemy import Connection, text
 
 from bzstream.chain.round_base import RoundBase
 from bzstream.chain.state import ChainState
+from bzstream.chain.weights import RoundWeights
 from bzstream.submissions.admission import Admission
 from bzstream.submissions.database import Database, LedgerUnavailable
 from bzstream.submissions.ledger import AsyncLedger, LeaseLost, Ledger, LedgerError
@@ -348,11 +349,16 @@ def test_the_chains_state_comes_back_with_its_age(ledger: Ledger, where: str) ->
     other.close()
 
 
-def test_confirmed_weights_are_remembered(ledger: Ledger) -> None:
-    assert not ledger.weights_are_set(ROUND)
-    ledger.confirm_weights(ROUND)
-    ledger.confirm_weights(ROUND)
-    assert ledger.weights_are_set(ROUND)
+def test_what_became_of_a_rounds_weights_is_remembered(ledger: Ledger) -> None:
+    assert ledger.round_weights() is None
+    sent = RoundWeights(ROUND, {"a": 0.75, "b": 0.25}, "sent", None, 1, 12600)
+    landed = RoundWeights(ROUND, {"a": 0.75, "b": 0.25}, "set", None, 1, 12602)
+    earlier = RoundWeights(ROUND - 420, {}, "refused", "no permit")
+    for weights in (sent, earlier, landed):
+        ledger.write_round_weights(weights)
+    assert ledger.round_weights(ROUND) == ledger.round_weights() == landed
+    assert ledger.weights_before(ROUND) == earlier
+    assert ledger.weights_before(ROUND - 420) is None
 
 
 @in_loop
@@ -364,8 +370,8 @@ async def test_the_async_face_reads_too(where: str) -> None:
     assert state.block == 12345
     assert await ledger.find("nothing") is None
     assert await ledger.scores() is None
-    await ledger.confirm_weights(ROUND)
-    assert await ledger.weights_are_set(ROUND)
+    await ledger.write_round_weights(RoundWeights(ROUND))
+    assert await ledger.round_weights() == await ledger.weights_before(ROUND + 1) == RoundWeights(ROUND)
     await asyncio.to_thread(ledger.close)
 
 

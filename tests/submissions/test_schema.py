@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import Connection, insert, inspect, select, text
 
+from bzstream.chain.weights import RoundWeights
 from bzstream.submissions.admission import Admission
 from bzstream.submissions.database import Database
 from bzstream.submissions.ledger import Ledger, LedgerError
@@ -54,12 +55,14 @@ def test_a_ledger_of_version_1_is_brought_up_with_all_that_it_holds(where: str, 
         if evaluated:
             row = {"submission_id": submission_id, "round": ROUND, "record": "{}"}
             connection.execute(insert(evaluations).values(**row, expert_group=3, weights="w", sketch="s"))
+        connection.execute(text("INSERT INTO weights_set (round, confirmed_at) VALUES (12100, 1.0)"))
     assert version_of(database) == 1
     ledger = Ledger.open(where)
     record = ledger.find(submission_id)
     assert record is not None
     assert (record.status, record.round) == ("queued", ROUND)
     assert ledger.accept(candidate()) == Duplicate(submission_id)
+    assert ledger.round_weights() == RoundWeights(12100, outcome="set")
     ledger.close()
     assert version_of(database) == len(MIGRATIONS)
     with database.read() as connection:

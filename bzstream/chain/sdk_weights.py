@@ -1,0 +1,100 @@
+"""Weights through the Bittensor SDK: what the subnet demands, sending, and what its answers mean.
+
+`WeightSetter` calls this from the chain role's event loop. The SDK's `SetWeights` chooses between plain weights and a
+timelocked commit by the subnet's own setting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from bzstream.chain.keys import is_hotkey
+from bzstream.chain.weight_setter import ERA_BLOCKS, NotingSigner, Subnet, WeightsRefused
+from bzstream.chain.weights import U16_MAX, Limits
+from bzstream.errors import BzstreamError
+
+__all__ = ["SdkChain"]
+
+_PALLET = "SubtensorModule"
+
+_PERMANENT = frozenset(
+    {
+        "HotKeyNotRegisteredInSubNet",
+        "HotKeyNotRegisteredInNetwork",
+        "IncorrectWeightVersionKey",
+        "MaxWeightExceeded",
+        "NeuronNoValidatorPermit",
+        "NotEnoughStakeToSetWeights",
+        "StakeAmountTooLow",
+        "SubnetNotExists",
+        "WeightVecLengthIsLow",
+    }
+)
+"""Errors of the pallet, and of the pool in its name, that the next block will give again."""
+_PERMANENT_CODES = frozenset({"not_registered", "not_authorized", "invalid_argument"})
+"""The SDK's codes of what it finds by itself before it signs, where it gives no name of the pallet."""
+_OPEN = frozenset({"AlreadyImported", "Dropped", "FinalityTimeout", "Invalid", "Retracted", "Usurped"})
+"""Ends of a watch that do not say whether the extrinsic is, or will be, in a block."""
+
+
+class UnknownOutcome(BzstreamError):
+    """The extrinsic was signed and handed over, and the chain has not said what became of it."""
+
+
+class SdkChain:
+    """One connection to the chain: a `bittensor.Client` for one subnet."""
+
+    def __init__(self, client: Any, netuid: int) -> None:
+        self._client = client
+        self._netuid = netuid
+
+    async def subnet(self) -> Subnet:
+        """UIDs, limits and owner as they are now."""
+        names = ("MinAllowedWeights", "MaxWeightsLimit", "WeightsVersionKey", "SubnetOwnerHotkey")
+        graph, *values = await asyncio.gather(
+            self._client.subnets.metagraph(self._netuid, commitments=False),
+            *(self._client.query((_PALLET, name), [self._netuid]) for name in names),
+        )
+        least, most, version_key, owner = values
+        return Subnet(
+            uids={neuron.hotkey: neuron.uid for neuron in graph or () if is_hotkey(neuron.hotkey)},
+            limits=Limits(int(least or 0), U16_MAX if most is None else int(most), int(version_key or 0)),
+            owner=owner if is_hotkey(owner) else None,
+        )
+
+    async def settled(self, hotkey: str) -> tuple[int, int | None]:
+        """The newest final block, and the LastUpdate of the hotkey's UID in it; None when it has no UID."""
+        final = await self._client.finalized_block()
+        uid, updates = await asyncio.gather(
+            self._client.query((_PALLET, "Uids"), [self._netuid, hotkey], block=final),
+            self._client.query((_PALLET, "LastUpdate"), [self._netuid], block=final),
+        )
+        known = uid is not None and int(uid) < len(updates)
+        return final, int(updates[int(uid)]) if known else None
+
+    async def send(self, weights: Mapping[int, float], version_key: int, signer: NotingSigner) -> int:
+        """Send weights and wait until they are final; the block that holds them. Raises WeightsRefused."""
+        import bittensor
+
+        intent = bittensor.SetWeights(
+            netuid=self._netuid, uids=list(weights), weights=list(weights.values()), version_key=version_key
+        )
+        try:
+            result = await self._client.execute(intent, signer, period=ERA_BLOCKS)
+        except bittensor.ChainError as error:
+            if signer.signed:
+                raise
+            raise _refusal(error) from None
+        if result.success:
+            return int(result.extrinsic_id.partition("-")[0])
+        failure = result.error
+        if result.block_hash is None and (failure is None or failure.name is None or failure.name in _OPEN):
+            raise UnknownOutcome(result.message)
+        raise _refusal(failure)
+
+
+def _refusal(error: Any) -> WeightsRefused:
+    permanent = error.name in _PERMANENT if error.name else error.code.value in _PERMANENT_CODES
+    return WeightsRefused(f"{error.name}: {error}" if error.name else str(error), permanent=permanent)
