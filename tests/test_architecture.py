@@ -52,9 +52,6 @@ KNOWN_CIRCLES: set[frozenset[str]] = set()
 """Files that still import each other. Only ever taken away from."""
 
 USES_PRIVATE_NAMES: set[str] = {
-    "evaluation/test_pipeline.py",
-    "evaluation/test_readers.py",
-    "evaluation/test_resident.py",
     "submissions/test_ledger.py",
     "submissions/test_writer.py",
 }

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 import structlog
 
@@ -34,6 +35,7 @@ from bzstream.submissions.types import Admitted, Candidate, Submission, Submissi
 from tests.evaluation.conftest import BLOCK, GROUPS, Toy
 from tests.evaluation.hostile import BFLOAT16_MAX, FILES, behind_a_dead_unit, honest
 from tests.evaluation.servers import LATER, SERVERS, Server, serving
+from tests.seeds import seeds
 
 CYCLE = Cycle()
 ROUND = CYCLE.round(BLOCK)
@@ -98,25 +100,22 @@ class Field:
             stop.set()
             await task
 
-    async def until(
-        self, done: Callable[[], bool], task: asyncio.Task[None] | None = None, seconds: float = 60
-    ) -> None:
-        deadline = time.monotonic() + seconds
+    async def until(self, done: Callable[[], bool], task: asyncio.Task[None] | None = None) -> None:
+        """Wait for it; the limit is pytest's timeout, so that a busy machine makes no difference."""
         while not await asyncio.to_thread(done):
             if task is not None and task.done():
                 await task
-            assert time.monotonic() < deadline, "it took too long"
             await asyncio.sleep(0.02)
 
     def all_final(self, names: list[str]) -> Callable[[], bool]:
         return lambda: all(self.find(name).status in FINAL for name in names)
 
-    def run(self, names: list[str], seconds: float = 60) -> list[SubmissionRow]:
+    def run(self, names: list[str]) -> list[SubmissionRow]:
         """Evaluate until all are final."""
 
         async def main() -> None:
             async with self.evaluating() as task:
-                await self.until(self.all_final(names), task, seconds)
+                await self.until(self.all_final(names), task)
 
         asyncio.run(main())
         return [self.find(name) for name in names]
@@ -203,7 +202,7 @@ def test_every_hostile_file_and_server_while_honest_ones_are_scored(
             expected[field.submit(server.url(f"files/honest{part}"))] = None
 
         submit_honest(1.0)
-        for name, (maker, code) in FILES.items():
+        for name, (maker, code) in list(FILES.items())[:: seeds(4, 1)]:
             server.files[name] = maker(honest_tensors)
             expected[field.submit(server.url(f"files/{name}"))] = code
         submit_honest(0.5)
@@ -212,8 +211,8 @@ def test_every_hostile_file_and_server_while_honest_ones_are_scored(
             if code != "forbidden_address" and name not in LATER:
                 expected[field.submit(server.url(name))] = code
         submit_honest(0.25)
-        began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        found = field.run(list(expected), seconds=100)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found = field.run(list(expected))
         wrong = {
             record.checkpoint_url.rsplit("/", 1)[1]: (record.reason, expected[record.submission_id])
             for record in found
@@ -222,12 +221,11 @@ def test_every_hostile_file_and_server_while_honest_ones_are_scored(
         # Some files are also larger than an honest one can be, and not read at all then.
         large = {name for name, (reason, _) in wrong.items() if reason == "too_large" and len(server.files[name]) > 1e6}
         assert {name: reason for name, reason in wrong.items() if name not in large} == {}
-        assert len(large) <= 3
+        assert len(large) <= 3, large
         scores = [record.score for record in found if expected[record.submission_id] is None]
         assert len(scores) == 3
         assert all(score is not None and score > 0 for score in scores)
         assert {record.score for record in found if record.status == "rejected"} == {0.0}
-        assert time.monotonic() - began < 90
         # The evaluator's own process reads no hostile byte: what it grows by is torch and the model.
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 700 * 1024
     finally:
@@ -512,27 +510,25 @@ def test_a_device_error_fails_the_job_gives_the_others_back_and_ends_the_process
     assert ("scored", None) in [outcome(record) for record in field.run(names)]
 
 
-def test_a_reader_that_is_killed_fails_the_job(
-    field: Field, toy: Toy, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from bzstream.evaluation.reading.sandbox import Reader
-
+def test_a_reader_that_is_killed_fails_the_job(field: Field, toy: Toy, server: Server) -> None:
     server.files["honest"] = toy.improved.read_bytes()
     field.at(SEED_BLOCK)
     first = field.submit(server.url("files/honest"))
-    take = Reader._take
-    taken: list[Any] = []
 
-    def shot(self: Reader) -> Any:
-        child = take(self)
-        if not taken:
-            taken.append(child)
-            child.process.kill()
-        return child
+    def done() -> bool:
+        """Kills every reading process as soon as there is one, long before it is ready to read."""
+        for process in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if "sandbox_worker" in " ".join(process.cmdline()):
+                    process.kill()
+        return field.find(first).status in FINAL
 
-    monkeypatch.setattr(Reader, "_take", shot)
-    (record,) = field.run([first])
-    assert outcome(record) == ("failed", "reader_crashed")
+    async def main() -> None:
+        async with field.evaluating() as task:
+            await field.until(done, task)
+
+    asyncio.run(main())
+    assert outcome(field.find(first)) == ("failed", "reader_crashed")
     (record,) = field.run([field.submit(server.url("files/honest"))])
     assert outcome(record) == ("scored", None)
 

@@ -94,7 +94,7 @@ def test_every_family_loads_and_swaps_a_slice_in_as_transformers_would(
             reference = type(one).from_pretrained(tmp_path / "one", dtype=torch.bfloat16)
             reference.set_experts_implementation("eager")  # the sizes are too small for grouped products
             expected = reference(input_ids=tokens, use_cache=False).logits
-            assert torch.equal(found._logits(tokens), expected), "computed buffers (rotary tables) are not as built"
+            assert torch.equal(found.logits(tokens), expected), "computed buffers (rotary tables) are not as built"
         staged = stage(found, tmp_path / "store-two" / "current" / "group-1.safetensors", 1)
         with found.swapped_in(staged):
             swapped = state(found.module)
@@ -262,12 +262,12 @@ def test_a_model_that_cannot_be_restored_says_so(scorer: Scorer, toy: Toy, monke
 
     staged = stage(model, toy.improved, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(model, "_load", broken)
+        patch.setattr("bzstream.evaluation.scoring.resident_model.read_into", broken)
         with pytest.raises(EvaluationError, match="the store is gone"), model.swapped_in(staged):
             raise Boom
     with pytest.raises(Failure, match="not the baseline"), model.swapped_in(staged):
         pass
-    model._reload(1)
+    model.restore(1)
     assert model.is_baseline
     assert model.differing() == []
     staged.close()
@@ -292,12 +292,19 @@ def test_two_buffers_and_no_more(scorer: Scorer, toy: Toy) -> None:
     waiting.join(0.2)
     assert waiting.is_alive(), "a third buffer was made"
     held[0].close()
-    waiting.join(10)
+    waiting.join(60)
     assert len(third) == 1
-    held[1].close()
     third[0].close()
     third[0].close()  # closing twice gives back once
-    assert len(model._free) == len(model._buffers) == 2
+    held[0] = stage(model, toy.improved, 1)
+    waiting = threading.Thread(target=lambda: third.append(stage(model, toy.improved, 1)), daemon=True)
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive(), "a buffer was given back twice"
+    for each in held:
+        each.close()
+    waiting.join(60)
+    third[1].close()
 
 
 def test_whoever_waits_for_a_model_that_is_closed_is_told(toy: Toy) -> None:

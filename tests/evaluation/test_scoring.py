@@ -15,7 +15,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from bzstream.cli import command_line
 from bzstream.evaluation.records import Evaluation, Records, pack_sketch, unpack_sketch
 from bzstream.evaluation.rejection_codes import FAILED, REJECTED, EvaluationError
 from bzstream.evaluation.reproduce import compare
@@ -25,6 +27,7 @@ from bzstream.evaluation.scoring.losses import choose_windows, mean_loss, score
 from bzstream.evaluation.scoring.scorer import Scorer
 from bzstream.submissions.ledger import Ledger
 from tests.evaluation.conftest import SEED, Toy
+from tests.seeds import LONG
 
 # ---- Windows --------------------------------------------------------------------------------------------------------
 
@@ -216,38 +219,41 @@ def test_the_record_survives_the_ledger(tmp_path: Path, scorer: Scorer, honest_t
         ledger.close()
 
 
-def test_the_command_line_scores_repeats_and_refuses(toy: Toy, tmp_path: Path) -> None:
-    """`bzstream evaluate FILE`, then an evaluation in a ledger and `--repeat`, in processes of their own."""
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("BZ_")},
-        "BZ_EVALUATION_WINDOWS": "8",
-        "BZ_EVALUATION_WINDOW_TOKENS": "64",
-        "OMP_NUM_THREADS": "1",
-    }
+def test_the_command_line_scores_repeats_and_refuses(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bzstream evaluate FILE`, then an evaluation in a ledger and `--repeat`; a long run gives each a process."""
+    for name in [name for name in os.environ if name.startswith("BZ_") and name != "BZ_TEST_LONG"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("BZ_EVALUATION_WINDOWS", "8")
+    monkeypatch.setenv("BZ_EVALUATION_WINDOW_TOKENS", "64")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
-    def bzstream(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "bzstream", "evaluate", *arguments, "--store", str(toy.store)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    def bzstream(*arguments: str, alone: bool = LONG) -> tuple[int, str, str]:
+        """(exit status, standard output, what was wrong)"""
+        words = ["evaluate", *arguments, "--store", str(toy.store)]
+        if not alone:
+            found = CliRunner().invoke(command_line(["evaluate"]), words)
+            return found.exit_code, found.stdout, str(found.exception)
+        command = [sys.executable, "-m", "bzstream", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+        return done.returncode, done.stdout, done.stderr
 
-    done = bzstream(str(toy.improved), "--group", "1", "--data", str(toy.data), "--seed", SEED, "--json")
-    assert done.returncode == 0, done.stderr
-    evaluation = msgspec.json.decode(done.stdout, type=Evaluation)
+    status, out, error = bzstream(str(toy.improved), "--group", "1", "--data", str(toy.data), "--seed", SEED, "--json")
+    assert status == 0, error
+    evaluation = msgspec.json.decode(out, type=Evaluation)
     assert evaluation.score > 0
     where = tmp_path / "ledger.sqlite"
     name = _scored(where, evaluation)
     arguments = ("--repeat", name, "--ledger", str(where), str(toy.improved), "--data", str(toy.data))
-    repeated = bzstream(*arguments)
-    assert repeated.returncode == 0, repeated.stderr
-    assert "bit for bit the same" in repeated.stdout
+    status, out, error = bzstream(*arguments)
+    assert status == 0, error
+    assert "bit for bit the same" in out
     _scored(where, msgspec.structs.replace(evaluation, loss=evaluation.loss + 1e-15), name)
-    differing = bzstream(*arguments)
-    assert (differing.returncode, differing.stderr.count("\n")) == (1, 1)
-    assert "the repeat differs from the record: loss differ" in differing.stderr
-    missing = bzstream(str(toy.improved), "--group", "1", "--data", "/no/such.npy")
-    assert (missing.returncode, missing.stderr) == (
-        1, "bzstream: the evaluation data /no/such.npy does not exist\n",
-    )  # fmt: skip
-    assert bzstream("--data", str(toy.data)).returncode == 2
+    status, _, error = bzstream(*arguments)
+    assert status == 1
+    assert "the repeat differs from the record: loss differ" in error
+    missing = bzstream(str(toy.improved), "--group", "1", "--data", "/no/such.npy", alone=True)
+    assert missing == (1, "", "bzstream: the evaluation data /no/such.npy does not exist\n")
+    assert bzstream("--data", str(toy.data))[0] == 2
 
 
 def _scored(where: Path, evaluation: Evaluation, name: str | None = None) -> str:

@@ -273,9 +273,10 @@ class ResidentModel:
             self.is_baseline = True
         finally:
             if not self.is_baseline:
-                self._reload(staged.group)
+                self.restore(staged.group)
 
-    def _reload(self, group: int) -> None:
+    def restore(self, group: int) -> None:
+        """Read a group again from the snapshot's files. Raises EvaluationError, Failure."""
         with map_errors(), torch.inference_mode():
             if self._cuda:
                 torch.cuda.synchronize(self.device)
@@ -317,7 +318,7 @@ class ResidentModel:
                 if time.monotonic() > deadline:
                     raise Failure("evaluation_timeout", "scoring took too long")
                 tokens = torch.from_numpy(windows[start : start + batch]).to(self.device)
-                logits = self._logits(tokens)
+                logits = self.logits(tokens)
                 found = torch.stack(
                     [_cross_entropy(row, ids) for row, ids in zip(logits, tokens, strict=True)]
                 ).tolist()
@@ -326,7 +327,7 @@ class ResidentModel:
                     return losses
         return losses
 
-    def _logits(self, tokens: torch.Tensor) -> torch.Tensor:
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """[batch, length] -> [batch, length, vocabulary]"""
         output = self.module(tokens) if self._plain else self.module(input_ids=tokens, use_cache=False)
         logits = output if isinstance(output, torch.Tensor) else output.logits
