@@ -141,13 +141,19 @@ def load_key(text: str) -> Key:
 
 
 def _locate(text: str) -> Path:
-    file = Path(text).expanduser()
+    try:
+        file = Path(text).expanduser()
+        home = Path.home()
+    except RuntimeError:  # no such user, or one without a home
+        file, home = Path(text), None
     if file.is_file():
         return file
     if not _WALLET.fullmatch(text):
         raise KeyUnavailable(f"there is no key file {text!r}, and it is no name of a wallet either")
     wallet, _, hotkey = text.partition("/")
-    found = Path.home() / ".bittensor" / "wallets" / wallet / "hotkeys" / (hotkey or "default")
+    if home is None:
+        raise KeyUnavailable(f"{text!r} names a wallet, but nothing says where your home is; set HOME or give a file")
+    found = home / ".bittensor" / "wallets" / wallet / "hotkeys" / (hotkey or "default")
     if not found.is_file():
         raise KeyUnavailable(f"there is no key file {text!r} and no wallet with its hotkey in {found}")
     return found

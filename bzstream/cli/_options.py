@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +15,12 @@ if TYPE_CHECKING:
     from bzstream.config import Settings
 
 __all__ = [
-    "AsJson", "CaFile", "Config", "Hotkey", "LedgerFile", "ProofKey", "SigningKey", "Store", "StoreFolder",
-    "Url", "VersionName", "client_command",
-    "existing_ledger", "settings_of",
+    "INTERRUPTED", "AsJson", "CaFile", "Config", "Hotkey", "LedgerFile", "ProofKey", "Receiver", "SigningKey", "Store",
+    "StoreFolder", "Url", "VersionName", "caller", "client_command", "existing_ledger", "settings_of",
 ]  # fmt: skip
+
+INTERRUPTED = 130
+"""What shells expect after Ctrl-C: 128 and the number of SIGINT."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 CaFile = Annotated[str | None, typer.Option(help="PEM certificates to trust instead of the system's.")]
@@ -33,7 +36,11 @@ SigningKey = Annotated[
 StoreFolder = Annotated[Path, typer.Argument(metavar="STORE", help="The store: the folder of the snapshots.")]
 VersionName = Annotated[str, typer.Argument(metavar="VERSION", help="One of `bzstream versions STORE`.")]
 Store = Annotated[Path | None, typer.Option(help="The store: the folder that `bzstream publish` writes.")]
-Url = Annotated[str, typer.Argument(help="Validator, such as http://10.0.0.7:8000.")]
+Receiver = Annotated[
+    str | None,
+    typer.Option(help="SS58 address of the node, which proofs of --key name. Default: --validator-hotkey, else asked."),
+]
+Url = Annotated[str, typer.Argument(envvar="BZSTREAM_URL", help="Validator, such as http://10.0.0.7:8000.")]
 
 
 def settings_of(config: Path | None, flags: Mapping[str, object]) -> Settings:
@@ -64,4 +71,13 @@ def client_command(stopped: str) -> Iterator[None]:
     except (client.UsageError, client.BadUrl) as error:
         raise typer.BadParameter(str(error)) from None
     except KeyboardInterrupt:
-        raise client.Stopped(stopped) from None
+        print(f"bzstream: {stopped}", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def caller(hotkey: str | None, key: str | None) -> tuple[str | None, str | None]:
+    """The hotkey or the key of a command, from BZSTREAM_KEY or BZSTREAM_HOTKEY when neither is given."""
+    if hotkey is None and key is None:
+        key = os.environ.get("BZSTREAM_KEY") or None
+        hotkey = None if key else os.environ.get("BZSTREAM_HOTKEY") or None
+    return hotkey, key

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bzstream.cli._options import AsJson, CaFile, ProofKey, Url, client_command
+from bzstream.cli._options import AsJson, CaFile, ProofKey, Receiver, Url, caller, client_command
 
 if TYPE_CHECKING:
     from bzstream.client import LinkReport, Sweep
@@ -30,6 +30,7 @@ def bench(
     ] = None,
     key: ProofKey = None,
     validator_hotkey: Annotated[str | None, typer.Option(help="SS58 address of the validator.")] = None,
+    receiver: Receiver = None,
     ca_file: CaFile = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the sweep into this PNG file (needs matplotlib).")] = None,
     as_json: AsJson = False,
@@ -45,6 +46,7 @@ def bench(
         raise typer.BadParameter("--connections is a list of numbers such as 1,8,64") from None
     from bzstream import client
 
+    hotkey, key = caller(hotkey, key)
     if hotkey is None and key is None:
         from bzstream.chain.keys import encode_hotkey
 
@@ -59,6 +61,7 @@ def bench(
             hotkey=hotkey,
             key=key,
             validator_hotkey=validator_hotkey,
+            receiver=receiver,
             ca_file=ca_file,
         )
     if as_json:

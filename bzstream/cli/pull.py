@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from bzstream.cli._options import CaFile, Hotkey, ProofKey, client_command
+from bzstream.cli._options import CaFile, Hotkey, ProofKey, Receiver, caller, client_command
+from bzstream.cli._output import flush_results
 from bzstream.cli._progress import Moment, Throttle, byte_count, show_progress
 
 if TYPE_CHECKING:
@@ -25,7 +27,10 @@ __all__ = ["pull"]
 
 
 def pull(
-    url: Annotated[list[str], typer.Argument(help="Validator, such as http://10.0.0.7:8000; several share the work.")],
+    url: Annotated[
+        list[str],
+        typer.Argument(envvar="BZSTREAM_URL", help="Validator, such as http://10.0.0.7:8000; several share the work."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the files; an interrupted pull goes on there.")],
     group: Annotated[
         list[int] | None, typer.Option(min=0, help="Expert group (may repeat): group-K.safetensors.")
@@ -45,6 +50,7 @@ def pull(
     validator_hotkey: Annotated[
         str | None, typer.Option(help="SS58 address that must have signed the hashes; without it see above.")
     ] = None,
+    receiver: Receiver = None,
     version: Annotated[
         str | None, typer.Option(help="Stay with this model version instead of the current one.")
     ] = None,
@@ -55,6 +61,13 @@ def pull(
     patience: Annotated[
         float, typer.Option(min=0.1, help="Seconds without a byte from anybody that end the pull.")
     ] = 60.0,
+    max_speed: Annotated[
+        str | None, typer.Option(help="Most bytes a second, such as 800k or 50M (millions). Default: no limit.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be fetched; nothing is written.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no result: only errors.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON, and progress as JSON lines on stderr.")
     ] = False,
@@ -66,11 +79,14 @@ def pull(
     on the way can change both, unless --validator-hotkey names who must have signed the manifest; over https the
     server's certificate vouches for it. Neither says that the version is the newest one.
 
-    The token comes from BZ_AUTH_TOKEN. Ctrl-C stops at once; the same command goes on where it stopped.
+    The token comes from BZ_AUTH_TOKEN; URL, hotkey or key from BZSTREAM_URL, BZSTREAM_HOTKEY or BZSTREAM_KEY when
+    none is given. Ctrl-C stops at once; the same command goes on where it stopped.
     """
     from bzstream import client
 
-    show = _Json() if as_json else _Show()
+    show = _Quiet() if quiet else _Json() if as_json else _Show()
+    rate = _bytes_per_second(max_speed)
+    hotkey, key = caller(hotkey, key)
     began = time.monotonic()
     with client_command("stopped; the same command goes on from here"), show.running() as progress:
         report = client.pull(
@@ -84,13 +100,31 @@ def pull(
             connections=connections,
             verify=verify,
             validator_hotkey=validator_hotkey,
+            receiver=receiver,
             version=version,
             ca_file=ca_file,
             progress=progress,
             notify=show.line,
-            tuning=client.Tuning(stall_s=stall, patience_s=patience),
+            tuning=client.Tuning(stall_s=stall, patience_s=patience, max_rate=rate),
+            dry_run=dry_run,
         )
-    show.result(report, time.monotonic() - began)
+    if dry_run:
+        show.would_fetch(report)
+    else:
+        show.result(report, time.monotonic() - began)
+    # The files are complete and durable, whatever becomes of these lines.
+    flush_results("done, but the result cannot be printed" if not dry_run else "the result cannot be printed")
+
+
+def _bytes_per_second(text: str | None) -> float | None:
+    """The number in `--max-speed`. Raises BadParameter."""
+    if text is None:
+        return None
+    form = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,3})?)([kMG]?)", text, re.ASCII)
+    rate = float(form[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[form[2]] if form else 0.0
+    if rate < 1:
+        raise typer.BadParameter("--max-speed is a number of bytes a second such as 800k, 50M or 1.5G")
+    return rate
 
 
 class _Show:
@@ -113,6 +147,11 @@ class _Show:
         else:
             print(f"bzstream: {text}", file=sys.stderr)
 
+    def would_fetch(self, report: PullReport) -> None:
+        for unit in report.units:
+            size, missing = byte_count(unit.size), byte_count(unit.fetched)
+            print(f"{unit.path}: version {unit.version}, {size}, of which {missing} would be fetched")
+
     def result(self, report: PullReport, seconds: float) -> None:
         for unit in report.units:
             kept = f", {byte_count(unit.reused)} were there already" if unit.reused else ""
@@ -124,6 +163,23 @@ class _Show:
                 f"{byte_count(unit.fetched)}{speed}{kept}{again}{signed}"
             )
             print(f"  {unit.content_hash}")
+
+
+class _Quiet(_Show):
+    """For scripts that only look at the exit status."""
+
+    @contextmanager
+    def running(self) -> Iterator[Callable[[Progress], None]]:
+        yield lambda progress: None
+
+    def line(self, text: str) -> None:
+        pass
+
+    def would_fetch(self, report: PullReport) -> None:
+        pass
+
+    def result(self, report: PullReport, seconds: float) -> None:
+        pass
 
 
 class _Json(_Show):
@@ -141,6 +197,9 @@ class _Json(_Show):
 
     def line(self, text: str) -> None:
         print(json.dumps({"notice": text}), file=sys.stderr)
+
+    def would_fetch(self, report: PullReport) -> None:
+        self.result(report, 0.0)
 
     def result(self, report: PullReport, seconds: float) -> None:
         document: dict[str, Any] = {"version": report.version, "seconds": seconds, "units": []}

@@ -30,7 +30,7 @@ _MEANING = {
 
 def submit(
     url: Url,
-    key: Annotated[str, typer.Option(help="Key file or wallet (<wallet>/<hotkey>) that signs.")],
+    key: Annotated[str, typer.Option(envvar="BZSTREAM_KEY", help="Key file or wallet (<wallet>/<hotkey>) that signs.")],
     group: Annotated[int, typer.Option(min=0, help="Expert group that the checkpoint was trained for.")],
     checkpoint_url: Annotated[str, typer.Option(help="Where the validator can fetch the checkpoint.")],
     block: Annotated[

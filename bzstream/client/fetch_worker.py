@@ -229,6 +229,7 @@ class FetchWorker:
         written = self._writer.filled(count, last=last)
         full: int | None = None
         with state.lock:
+            pause = state.pause(count)
             state.fetched += count
             mirror.bytes += count
             if written:
@@ -240,6 +241,8 @@ class FetchWorker:
         if full is not None:
             self._slot = None
             state.verify_chunk(full, mirror)
+        if pause:
+            state.session.stopping.wait(pause)
 
     def _finish(self, segment: Segment, mirror: Mirror) -> None:
         with self._state.changed:

@@ -29,16 +29,22 @@ class Identity:
     _last_nonce: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def headers(self, method: str, target: str, body: bytes = b"") -> list[tuple[str, str]]:
-        """The headers of one request for `target` (path and query exactly as sent)."""
+    def headers(
+        self, method: str, target: str, body: bytes = b"", *, receiver: str | None = None
+    ) -> list[tuple[str, str]]:
+        """The headers of one request for `target` (path and query as the node sees them).
+
+        `receiver`: whom the proof names, if `self.receiver` does not say.
+        """
+        receiver = self.receiver or receiver
         found = [("User-Agent", AGENT), ("Accept-Encoding", "identity")]
         if self.token is not None:
             found.append(("Authorization", f"Bearer {self.token}"))
         hotkey = self.key.ss58_address if self.key is not None else self.hotkey
         if hotkey is not None:
             found.append(("X-Hotkey", hotkey))
-        if self.key is not None and self.receiver is not None and method in ("GET", "HEAD"):
-            proof = sign_request(self.key, method, target, self.receiver, body=body, nonce=self._nonce())
+        if self.key is not None and receiver is not None and method in ("GET", "HEAD"):
+            proof = sign_request(self.key, method, target, receiver, body=body, nonce=self._nonce())
             found += proof.items()
         return found
 

@@ -74,6 +74,7 @@ def measure(
     key: str | None = None,
     token: str | None = None,
     validator_hotkey: str | None = None,
+    receiver: str | None = None,
     ca_file: str | None = None,
     on_sweep: Callable[[Sweep], None] | None = None,
     tuning: Tuning | None = None,
@@ -86,10 +87,10 @@ def measure(
         raise UsageError("connections: numbers from 1 to 1024, such as 1,8,64")
     if not 0.1 <= seconds <= 3600:
         raise UsageError("seconds: from 0.1 to 3600")
-    options = Options(hotkey, key, token, validator_hotkey, None, ca_file)
+    options = Options(hotkey, key, token, validator_hotkey, receiver, ca_file=ca_file)
     session = open_session(url, options, tuning or Tuning(), claim_needed=True)
     try:
-        choose_receiver(session, options)
+        choose_receiver(session)
         unit = UnitRef("shared") if group is None else UnitRef("partial", group)
         manifest = session.manifest(unit, None, validator_hotkey)
         sweeps = []

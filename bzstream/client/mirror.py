@@ -32,6 +32,8 @@ class Mirror:
         self.bytes = 0
         """Payload bytes that came from it."""
         self.rtt = 0.0
+        self.receiver: str | None = None
+        """The hotkey that the node says it has, for proofs when the caller gave none."""
         self._tuning = tuning
         self._failures = 0
         self._violations = 0

@@ -51,11 +51,13 @@ def pull(
     connections: int | None = None,
     verify: Verify = "sha256",
     validator_hotkey: str | None = None,
+    receiver: str | None = None,
     version: str | None = None,
     ca_file: str | None = None,
     progress: Callable[[Progress], None] | None = None,
     notify: Callable[[str], None] | None = None,
     tuning: Tuning | None = None,
+    dry_run: bool = False,
     _opened: Callable[[Session], None] | None = None,
 ) -> PullReport:
     """Fetch units into the folder `out`: `group-<k>.safetensors`, `shared.safetensors`, `model.safetensors`.
@@ -66,12 +68,13 @@ def pull(
     default as many as help. `verify`: "sha256" every chunk's BLAKE3 and the file's SHA-256, "blake3" the chunks,
     "none" sizes only. `validator_hotkey`: SS58 address that must have signed the manifests. `version`: stay with this
     one instead of the current. `progress` is called some ten times a second in this thread; `notify(text)` with a line
-    for a person, from any thread.
+    for a person, from any thread. `dry_run`: nothing is fetched but manifests, nothing is written; the report says
+    what would be fetched.
 
     An interrupted call goes on where it stopped when it is made again. Raises ClientError: its subclass says what kind
     of trouble, its text what to do. A file under its final name is complete and durable.
     """
-    options = Options(hotkey, key, token, validator_hotkey, version, ca_file, connections)
+    options = Options(hotkey, key, token, validator_hotkey, receiver, version, ca_file, connections)
     units = unit_refs(groups, shared=shared, full=full)
     folder = Path(out)
     session = open_session(url, options, tuning or Tuning(), notify, claim_needed=any(w.kind != "full" for w in units))
@@ -79,9 +82,11 @@ def pull(
         _opened(session)
     puller = _Puller(session, folder, options, verify, progress or (lambda _: None))
     try:
+        choose_receiver(session)
+        if dry_run:
+            return puller.pull_all(units, puller.estimate)
         with lock_folder(folder, session.notify):
-            choose_receiver(session, options)
-            return puller.all(units)
+            return puller.pull_all(units, puller.pull_unit)
     finally:
         session.close()
 
@@ -98,13 +103,13 @@ class _Puller:
         self.verify = verify
         self.on_progress = on_progress
 
-    def all(self, units: Sequence[UnitRef]) -> PullReport:
+    def pull_all(self, units: Sequence[UnitRef], pull_unit: Callable[[UnitRef], UnitReport]) -> PullReport:
         """Every unit, all of the same version: one that was fetched before the server moved on is brought up to it."""
         reports: dict[UnitRef, UnitReport] = {}
         moves = 0
         while True:
             for unit in units:
-                report = self._unit(unit)
+                report = pull_unit(unit)
                 before = reports.get(unit)
                 if before is not None:
                     fetched = before.fetched + report.fetched
@@ -120,7 +125,7 @@ class _Puller:
                 )
             self.session.notify("the server published a new version in between; bringing the other units up to it")
 
-    def _unit(self, unit: UnitRef) -> UnitReport:
+    def pull_unit(self, unit: UnitRef) -> UnitReport:
         began = time.monotonic()
         previous: Manifest | None = None
         fetched = futile = moves = 0
@@ -146,6 +151,22 @@ class _Puller:
                 self.session.readmit_changed()
                 continue
             return replace(report, fetched=report.fetched + fetched, seconds=time.monotonic() - began)
+
+    def estimate(self, unit: UnitRef) -> UnitReport:
+        """What `pull_unit` would fetch, from the manifest and what the folder holds."""
+        manifest = self.session.manifest(unit, self.options.version, self.options.validator_hotkey)
+        files = UnitFiles(self.folder, unit.file_name)
+        old = self._old_file(files.final, manifest)
+        present = 0
+        if old is not None:
+            with contextlib.closing(old):
+                whole = self._unchanged(old, files, manifest)
+                present = manifest.size if whole else sum(map(manifest.chunk_length, old.chunks()))
+        elif files.part.is_file() and (found := Journal.open(files.state, manifest, files.part.stat(), hashed=True)):
+            with contextlib.closing(found[0]) as journal:
+                present = sum(end - begin for begin, end in journal.received())
+                present += sum(manifest.chunk_length(index) for index, byte in enumerate(journal.done) if byte)
+        return unit_report(manifest, path=files.final, fetched=manifest.size - present)
 
     def _attempt(self, manifest: Manifest) -> UnitReport:
         files = UnitFiles(self.folder, manifest.unit.file_name)
@@ -233,6 +254,12 @@ class _Puller:
             received=journal.received(),
             reserved=old.chunks() if old is not None else (),
         )
+        here = plan.size - plan.open_bytes
+        if here and old is None:
+            self.session.notify(
+                f"{manifest.unit.label}: going on from {100 * here // plan.size}%, with {plan.open_bytes} of "
+                f"{plan.size} bytes still to fetch"
+            )
         sha256 = StreamingSha256(manifest.size, sink.read_into, tuning) if self.verify == "sha256" else None
         transfer = Transfer(
             self.session,

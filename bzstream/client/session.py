@@ -26,7 +26,7 @@ from bzstream.client.errors import (
 from bzstream.client.identity import Identity
 from bzstream.client.manifest import Manifest, parse_manifest
 from bzstream.client.mirror import Mirror
-from bzstream.client.responses import redirect_error, refusal
+from bzstream.client.responses import BUSY, redirect_error, refusal
 from bzstream.client.tuning import Tuning
 from bzstream.httpclient import Connection, Connector, ProxyRules, ResponseHead, parse_content_range, tls_context
 from bzstream.util.backoff import backoff
@@ -168,8 +168,37 @@ class Session:
         body: bytes = b"",
     ) -> ResponseHead:
         """Proofs are for what the node sees: a prefix of the URL is for the proxy before it, which takes it off."""
-        identity = self.identity.headers(method, target, body)
+        identity = self.identity.headers(method, target, body, receiver=mirror.receiver)
         return connection.exchange(method, mirror.address.prefix + target, [*identity, *fields], body)
+
+    def request_with_retries(
+        self, method: str, target: str, body: bytes = b"", *, patience_s: float, mirror: Mirror | None = None
+    ) -> tuple[int, bytes]:
+        """Status and document of a success; asked again while there is no answer or a request to come back later.
+
+        `mirror`: default the first. Raises what `refusal` says, the last TransientError when it does not pass in
+        `patience_s`, and Stopped.
+        """
+        mirror = mirror or self.mirrors[0]
+        fields = [("Content-Type", "application/json")] if body else []
+        # A submission's 429 is no busy server: this hotkey has had its share of the cycle.
+        busy = BUSY - {429} if body else BUSY
+        deadline = time.monotonic() + patience_s
+        failures = 0
+        while True:
+            try:
+                head, data = self.document(mirror, method, target, fields, body)
+                if 200 <= head.status < 300:
+                    return head.status, data
+                raise refusal(head, data, mirror.address, f"{method} {target}", busy=busy)
+            except TransientError as error:
+                failures += 1
+                wait = max(error.retry_after or 0.0, backoff(failures, first=0.2, most=5.0))
+                if (error.retry_after or 0.0) > patience_s or time.monotonic() + wait > deadline:
+                    raise
+                self.notify(f"{error}; trying again")
+            self.stopping.wait(wait)
+            self.raise_if_stopped()
 
     def manifest(self, unit: UnitRef, version: str | None, signer: str | None) -> Manifest:
         """The unit's manifest from the first mirror that gives one. Raises the first mirror's error when none does."""

@@ -6,9 +6,11 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from bzstream.chain.keys import InvalidHotkey, Key, decode_hotkey, load_key
 from bzstream.client.address import VERSION_FORM, UnitRef, parse_address
-from bzstream.client.errors import UsageError
+from bzstream.client.errors import TransientError, UsageError
 from bzstream.client.identity import Identity
 from bzstream.client.session import Session
 from bzstream.client.tuning import Tuning
@@ -26,6 +28,9 @@ class Options:
     key: str | Key | None = None
     token: str | None = None
     validator_hotkey: str | None = None
+    """Who must have signed the manifests."""
+    receiver: str | None = None
+    """Whom proofs name; default: `validator_hotkey`, else what the node says of itself."""
     version: str | None = None
     ca_file: str | None = None
     connections: int | None = None
@@ -67,7 +72,7 @@ def open_session(
         raise UsageError("give a hotkey to claim or a key that proves it, not both")
     if claim_needed and options.hotkey is None and options.key is None:
         raise UsageError("a group's slice and the shared tensors need to know who asks: give your hotkey or your key")
-    for hotkey in (options.hotkey, options.validator_hotkey):
+    for hotkey in (options.hotkey, options.validator_hotkey, options.receiver):
         if hotkey is not None:
             try:
                 decode_hotkey(hotkey)
@@ -81,21 +86,40 @@ def open_session(
     if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
         raise UsageError("the token has characters that no token can have; check BZ_AUTH_TOKEN")
     key = load_key(options.key) if isinstance(options.key, str) else options.key
-    identity = Identity(token, options.hotkey, key, options.validator_hotkey)
+    identity = Identity(token, options.hotkey, key, options.receiver or options.validator_hotkey)
     return Session(addresses, identity, tuning, ca_file=options.ca_file, notify=notify)
 
 
-def choose_receiver(session: Session, options: Options) -> None:
-    """With a key but no validator's hotkey: take the node's own word for whom the proofs are.
+class _NodeInfo(msgspec.Struct):
+    """Of `GET /model`, what says whose node it is."""
+
+    validator_hotkey: str | None = None
+
+
+def choose_receiver(session: Session) -> None:
+    """With a key but no receiver: take each node's own word (`GET /model`) for whom its proofs are.
 
     A node that lies about it could pass a proof on to the node that it names, so that the caller is told; whoever knows
-    the validator's hotkey gives it. Raises UsageError when the node does not say.
+    the validator's hotkey gives it. Raises UsageError when the only node does not say, and what the request raises.
     """
     identity = session.identity
     if identity.key is None or identity.receiver is not None:
         return
-    manifest = session.manifest(UnitRef("shared"), options.version, None)
-    if manifest.validator_hotkey is None:
-        raise UsageError("this node does not say whose it is, which proofs must name; give the validator's hotkey")
-    session.notify(f"proofs are made for {manifest.validator_hotkey}, as the node says; --validator-hotkey makes sure")
-    identity.receiver = manifest.validator_hotkey
+    for mirror in session.mirrors:
+        try:
+            _, data = session.request_with_retries(
+                "GET", "/model", patience_s=session.tuning.first_patience_s, mirror=mirror
+            )
+        except TransientError as error:
+            if len(session.mirrors) == 1:
+                raise
+            mirror.dropped = error
+            continue
+        try:
+            mirror.receiver = msgspec.json.decode(data, type=_NodeInfo).validator_hotkey
+            decode_hotkey(mirror.receiver or "")
+        except (msgspec.MsgspecError, UnicodeDecodeError, InvalidHotkey):
+            raise UsageError(
+                f"{mirror.address} does not say whose node it is, which proofs must name; give its hotkey as receiver"
+            ) from None
+        session.notify(f"proofs are made for {mirror.receiver}, as {mirror.address} says; --receiver makes sure")

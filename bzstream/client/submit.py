@@ -7,7 +7,6 @@ identical signed body carries the submission's id. So a lost answer is asked for
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +15,14 @@ import msgspec
 
 from bzstream.chain.keys import Key, load_key
 from bzstream.client.errors import (
-    ClientError,
     DiskError,
     ProtocolViolation,
     Refused,
-    Stopped,
-    TransientError,
     UsageError,
 )
-from bzstream.client.responses import BUSY, refusal
 from bzstream.client.session import Session
 from bzstream.client.session_factory import MAX_GROUP, Options, open_session
 from bzstream.client.tuning import Tuning
-from bzstream.util.backoff import backoff
 from bzstream.util.files import hash_file
 
 __all__ = ["SubmissionReport", "SubmissionStatus", "follow", "submit"]
@@ -150,7 +144,7 @@ def follow(
     seen = ""
     try:
         while True:
-            data = _request_with_retries(session, "GET", path, b"", patience_s)
+            data = session.request_with_retries("GET", path, patience_s=patience_s)
             try:
                 status = msgspec.json.decode(data[1], type=SubmissionStatus)
             except (msgspec.MsgspecError, UnicodeDecodeError):
@@ -183,7 +177,7 @@ def _open(
 
 
 def _current_block(session: Session, patience_s: float) -> int:
-    data = _request_with_retries(session, "GET", "/health", b"", patience_s)[1]
+    data = session.request_with_retries("GET", "/health", patience_s=patience_s)[1]
     try:
         return msgspec.json.decode(data, type=_Health).current_block
     except (msgspec.MsgspecError, UnicodeDecodeError):
@@ -193,7 +187,7 @@ def _current_block(session: Session, patience_s: float) -> int:
 def _send(session: Session, body: bytes, patience_s: float) -> tuple[_Accepted, bool]:
     """The node's word that it has the submission, and whether it had it before."""
     try:
-        status, data = _request_with_retries(session, "POST", "/submit", body, patience_s)
+        status, data = session.request_with_retries("POST", "/submit", body, patience_s=patience_s)
     except Refused as refused:
         if refused.status == 409 and _ID_FORM.fullmatch(refused.submission_id):
             return _Accepted(refused.submission_id), True
@@ -207,32 +201,3 @@ def _send(session: Session, body: bytes, patience_s: float) -> tuple[_Accepted, 
     if not _ID_FORM.fullmatch(accepted.submission_id):
         raise ProtocolViolation("the node accepted the submission but its id is malformed")
     return accepted, False
-
-
-def _request_with_retries(
-    session: Session, method: str, path: str, body: bytes, patience_s: float
-) -> tuple[int, bytes]:
-    """One request, made again while there is no answer or a request to come back later."""
-    mirror = session.mirrors[0]
-    fields = [("Content-Type", "application/json")] if body else []
-    deadline = time.monotonic() + patience_s
-    failures = 0
-    while True:
-        error: ClientError
-        try:
-            head, data = session.document(mirror, method, path, fields, body)
-            if 200 <= head.status < 300:
-                return head.status, data
-            # A submission's 429 is no busy server: this hotkey has had its share of the cycle.
-            error = refusal(head, data, mirror.address, "the submission", busy=BUSY - {429} if body else BUSY)
-        except TransientError as transient:
-            error = transient
-        if not isinstance(error, TransientError) or (error.retry_after or 0.0) > patience_s:
-            raise error
-        failures += 1
-        wait = max(error.retry_after or 0.0, backoff(failures, first=0.2, most=5.0))
-        if time.monotonic() + wait > deadline:
-            raise error
-        session.notify(f"{error}; trying again")
-        if session.stopping.wait(wait):
-            raise Stopped("stopped before the node gave a sure answer; the same call asks again")

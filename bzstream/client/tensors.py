@@ -47,6 +47,7 @@ def fetch_tensors(
     connections: int | None = None,
     verify: Literal["sha256", "blake3", "none"] = "blake3",
     validator_hotkey: str | None = None,
+    receiver: str | None = None,
     version: str | None = None,
     ca_file: str | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -70,12 +71,12 @@ def fetch_tensors(
     ref = UnitRef("partial", group) if unit in (None, "partial") and group is not None else UnitRef(unit or "shared")
     if ref.kind == "partial" and ref.group is None:
         raise UsageError("a slice needs the number of its group")
-    options = Options(hotkey, key, token, validator_hotkey, version, ca_file, connections)
+    options = Options(hotkey, key, token, validator_hotkey, receiver, version, ca_file, connections)
     session = open_session(url, options, tuning or Tuning(), notify, claim_needed=ref.kind != "full")
     if _opened is not None:
         _opened(session)
     try:
-        choose_receiver(session, options)
+        choose_receiver(session)
         for _ in range(session.tuning.strikes):
             manifest = session.manifest(ref, version, validator_hotkey)
             try:

@@ -159,7 +159,7 @@ class Transfer:
         seen = (0, -1)
         probe_s = max(tuning.probe_s, tuning.probe_rtts * max(mirror.rtt for mirror in state.mirrors))
         next_probe = quiet_since + probe_s
-        rate_before, probing = 0.0, self._fixed is None
+        rate_before, probing = 0.0, self._fixed is None and tuning.max_rate is None
         while True:
             with state.changed:
                 if state.failure is None and not state.plan.complete:
@@ -186,6 +186,8 @@ class Transfer:
         if self._fixed is not None:
             return self._fixed
         tuning = self._tuning
+        if tuning.max_rate is not None:
+            return 1 + min(tuning.near_workers - 1, int(tuning.max_rate // tuning.rate_per_worker))
         rtts = [mirror.rtt for mirror in self._state.mirrors if mirror.rtt]
         near = not rtts or min(rtts) < tuning.near_rtt_s
         worth = 2 * tuning.min_run if near else tuning.min_run // 4

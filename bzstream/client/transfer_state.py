@@ -6,6 +6,7 @@ One lock guards it; it is held for microseconds, never over I/O or hashing.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 from bzstream.client.errors import ClientError
@@ -72,6 +73,8 @@ class TransferState:
         """FetchWorker -> the connection it works with."""
         self.connecting: set[int] = set()  # lock
         """Workers that wait for a connection to open, which cannot be interrupted."""
+        self._next_byte = 0.0  # lock
+        """When the next byte may come under `max_rate`."""
         self._prefix = 0  # lock
         """Chunks verified without a gap from the start."""
 
@@ -84,6 +87,14 @@ class TransferState:
                 if self.failure is None:
                     self.failure = error
                 self.changed.notify_all()
+
+    def pause(self, count: int) -> float:
+        """Seconds to wait after `count` more bytes, so that all workers together keep to `max_rate`. Lock held."""
+        if self.tuning.max_rate is None:
+            return 0.0
+        now = time.monotonic()
+        self._next_byte = max(self._next_byte, now) + count / self.tuning.max_rate
+        return self._next_byte - now
 
     def verify_chunk(self, index: int, mirror: Mirror | None) -> None:
         """A chunk is complete: check its hash, and either count it or have it fetched again."""

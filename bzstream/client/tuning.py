@@ -14,6 +14,8 @@ MIB = 1024 * KIB
 class Tuning:
     """Limits and habits of a transfer; the defaults suit everything from loopback to a lossy ocean cable."""
 
+    max_rate: float | None = None
+    """Most bytes a second of a transfer, all its connections together; None: as fast as it goes."""
     connect_timeout_s: float = 10.0
     stall_s: float = 15.0
     """A connection without a byte for so long is closed and its work handed to another. There is no total time-out."""
@@ -46,6 +48,8 @@ class Tuning:
     far_workers: int = 24
     """Connections to begin with on any other link: with 80 ms and 0.1% loss a cubic flow is held to ~10 Mbit/s."""
     near_rtt_s: float = 0.002
+    rate_per_worker: float = 8e6
+    """Bytes a second for which a transfer with a `max_rate` opens one connection."""
     max_workers: int = 48
     """Most connections that are opened unasked: three quarters of what a node lets one caller have."""
     probe_s: float = 1.0

@@ -93,6 +93,8 @@ class Node:
     """Fields -> (hotkey, URL-safe base64 signature)."""
     answer: Callable[[Seen], tuple[int, list[tuple[str, str]], bytes] | None] | None = None
     """Answers some requests itself."""
+    hotkey: str | None = None
+    """Whose node it says it is."""
     tls: ssl.SSLContext | None = None
     seen: list[Seen] = field(default_factory=list)
     sent: int = 0
@@ -201,6 +203,10 @@ class Node:
 
     def _unit(self, sock: socket.socket, request: Seen) -> bool:
         parts = request.path.strip("/").split("/")
+        if parts == ["model"]:
+            content = json.dumps({"validator_hotkey": self.hotkey, "versions": []}).encode()
+            self._send(sock, 200, [("Content-Length", str(len(content)))], content)
+            return True
         if len(parts) < 2 or parts[0] != "model":
             return self._problem(sock, 404, "not_found")
         group = request.headers.get("x-expert-group") if parts[1] == "partial" else None

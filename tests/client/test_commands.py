@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pty
+import pwd
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from bzstream.chain.keys import KeyUnavailable, load_key
 from tests.client.node import HOTKEY, TOKEN, Node, Seen
 
 ENVIRONMENT = {**os.environ, "BZ_AUTH_TOKEN": TOKEN, "COLUMNS": "120", "TERM": "xterm"}
@@ -88,12 +91,90 @@ def test_ctrl_c_stops_at_once_and_the_next_call_goes_on(node: Node, payload: byt
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=10)
     assert time.monotonic() - began < 2
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert said == "bzstream: stopped; the same command goes on from here\n"
     node.rate = 0
     document = json.loads(run(*command[3:], "--json").stdout)
     assert document["units"][0]["reused"] > 900_000
     assert (tmp_path / "out" / "group-0.safetensors").read_bytes() == payload
+
+
+def pull_arguments(node: Node, tmp_path: Path) -> list[str]:
+    return ["pull", node.url, "--group", "0", "--hotkey", HOTKEY, "--out", str(tmp_path / "out")]
+
+
+@pytest.mark.parametrize(
+    ("redirections", "said"),
+    [
+        ("2>&-", ""), ("2>/dev/full", ""), (">&-", ""), ("<&- >&- 2>&-", ""),
+        (">/dev/full", "done, but the result cannot be printed: No space left on device"),
+    ],
+)  # fmt: skip
+def test_closed_and_full_streams_do_not_fail_a_complete_pull(
+    redirections: str, said: str, node: Node, payload: bytes, tmp_path: Path
+) -> None:
+    command = shlex.join([sys.executable, "-m", "bzstream", *pull_arguments(node, tmp_path)])
+    done = subprocess.run(["sh", "-c", f"{command} {redirections}"], env=ENVIRONMENT, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stderr.decode()
+    assert b"bug" not in done.stderr
+    assert (tmp_path / "out" / "group-0.safetensors").read_bytes() == payload
+
+
+def test_other_commands_say_that_their_output_was_lost(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"{shlex.quote(sys.executable)} -m bzstream pull --help >/dev/full"],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "the output cannot be written" in done.stderr
+    assert "bug" not in done.stderr
+
+
+def test_an_encoding_without_the_character_gets_an_escape(node: Node, tmp_path: Path) -> None:
+    said = run("pull", node.url, "--group", "0", "--hotkey", HOTKEY, "--out", tmp_path / "ö", PYTHONIOENCODING="ascii")
+    assert "\\xf6/group-0.safetensors" in said.stdout
+
+
+@pytest.mark.parametrize("key", ["~nosuch/key", "no-wallet/of-mine"])
+def test_a_key_that_cannot_be_found_is_a_sentence(key: str, node: Node, tmp_path: Path) -> None:
+    said = run("pull", node.url, "--group", "0", "--key", key, "--out", tmp_path / "out", status=1).stderr
+    assert said.startswith("bzstream: there is no key file")
+    assert said.count("\n") == 1
+
+
+def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    with pytest.raises(KeyUnavailable, match="where your home is"):
+        load_key("wallet/hotkey")
+
+
+def test_the_environment_names_the_validator_and_the_caller(node: Node, payload: bytes, tmp_path: Path) -> None:
+    arguments = ("pull", "--group", "0", "--out", tmp_path / "out")
+    run(*arguments, BZSTREAM_URL=node.url, BZSTREAM_HOTKEY=HOTKEY)
+    assert (tmp_path / "out" / "group-0.safetensors").read_bytes() == payload
+    assert {seen.headers["x-hotkey"] for seen in node.seen} == {HOTKEY}
+    key = tmp_path / "key"
+    key.write_text("07" * 32)
+    node.hotkey = HOTKEY
+    node.seen.clear()
+    run(*arguments, BZSTREAM_URL=node.url, BZSTREAM_KEY=str(key))
+    assert node.seen[-1].headers["x-bittensor-receiver"] == HOTKEY
+    node.seen.clear()
+    run(*arguments, "--hotkey", HOTKEY, BZSTREAM_URL=node.url, BZSTREAM_KEY=str(key))
+    assert {seen.headers["x-hotkey"] for seen in node.seen} == {HOTKEY}, "an option counts more than the environment"
+
+
+def test_a_dry_run_and_a_quiet_one(node: Node, payload: bytes, tmp_path: Path) -> None:
+    arguments = pull_arguments(node, tmp_path)
+    assert "3.0 MB, of which 3.0 MB would be fetched" in run(*arguments, "--dry-run").stdout
+    assert not (tmp_path / "out").exists()
+    done = run(*arguments, "--quiet", "--max-speed", "50M")
+    assert (done.stdout, done.stderr) == ("", "")
+    assert (tmp_path / "out" / "group-0.safetensors").read_bytes() == payload
+    for wrong in ("fast", "0", "50m", "-1", "5e3"):
+        run(*arguments, "--max-speed", wrong, status=2)
 
 
 def test_a_terminal_gets_a_bar(node: Node, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from bzstream.client import (
 )
 from bzstream.client.journal import Journal
 from bzstream.client.manifest import parse_manifest
-from tests.client.conftest import Puller, noise
+from tests.client.conftest import QUICK, Puller, noise
 from tests.client.node import HOTKEY, Node, Seen, Unit, ed25519_signer
 
 VERIFY = ("sha256", "blake3", "none")
@@ -450,18 +451,73 @@ def test_every_request_carries_a_fresh_proof(node: Node, payload: bytes, tmp_pat
         assert headers["x-hotkey"] == miner.ss58_address
 
 
-def test_without_the_validators_hotkey_the_node_says_for_whom_proofs_are(
-    node: Node, tmp_path: Path, pull_quickly: Puller
-) -> None:
+def test_without_a_receiver_the_node_says_for_whom_proofs_are(node: Node, pull_quickly: Puller) -> None:
     miner, validator = Key.from_seed(b"\3" * 32), Key.from_seed(b"\4" * 32)
-    node.units["shared", None] = Unit(noise(1000))
-    with pytest.raises(UsageError, match="validator's hotkey"):
+    with pytest.raises(UsageError, match="does not say whose node it is"):
         pull_quickly(hotkey=None, key=miner)
-    node.sign = ed25519_signer(validator)
+    node.hotkey = validator.ss58_address
     said: list[str] = []
     pull_quickly(hotkey=None, key=miner, notify=said.append)
     assert validator.ss58_address in said[0]
-    assert all("x-bittensor-signature" in seen.headers for seen in node.data_requests())
+    assert {seen.headers["x-bittensor-receiver"] for seen in node.data_requests()} == {validator.ss58_address}
+
+
+def test_each_of_several_validators_is_named_in_its_own_proofs(
+    node: Node, payload: bytes, pull_quickly: Puller
+) -> None:
+    miner = Key.from_seed(b"\3" * 32)
+    node.hotkey, node.rate = Key.from_seed(b"\4" * 32).ss58_address, 3e6
+    with Node({("partial", 0): Unit(payload)}, rate=3e6, hotkey=Key.from_seed(b"\5" * 32).ss58_address) as second:
+        pull_quickly(url=[node.url, second.url], hotkey=None, key=miner, connections=4)
+        for one in (node, second):
+            assert {seen.headers["x-bittensor-receiver"] for seen in one.data_requests()} == {one.hotkey}
+
+
+def test_the_receiver_of_proofs_is_not_the_signer_of_manifests(node: Node, pull_quickly: Puller) -> None:
+    miner, signer, receiver = (Key.from_seed(bytes([number]) * 32) for number in (3, 4, 5))
+    node.sign = ed25519_signer(signer)
+    pull_quickly(hotkey=None, key=miner, validator_hotkey=signer.ss58_address, receiver=receiver.ss58_address)
+    assert {seen.headers["x-bittensor-receiver"] for seen in node.seen} == {receiver.ss58_address}
+    with pytest.raises(UsageError, match="not a hotkey"):
+        pull_quickly(hotkey=None, key=miner, receiver="nobody")
+
+
+def test_a_resumed_pull_says_from_where(node: Node, pull_quickly: Puller) -> None:
+    node.rate = 2e6
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        pull_quickly(progress=StopAfter(1_500_000), connections=1, notify=said.append)
+    assert said == []
+    node.rate = 0
+    report = pull_quickly(notify=said.append)
+    assert said[0].startswith("group 0: going on from ")
+    assert f"with {report.fetched} of 3000000 bytes still to fetch" in said[0]
+
+
+def test_a_dry_run_says_what_would_be_fetched_and_does_nothing(
+    node: Node, payload: bytes, tmp_path: Path, pull_quickly: Puller
+) -> None:
+    assert pull_quickly(dry_run=True).fetched == len(payload)
+    assert not (tmp_path / "out").exists()
+    node.rate = 2e6
+    with pytest.raises(KeyboardInterrupt):
+        pull_quickly(progress=StopAfter(1_500_000), connections=1)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    estimate = pull_quickly(dry_run=True).fetched
+    assert estimate <= len(payload) - 1_500_000
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    node.rate = 0
+    assert pull_quickly().fetched == estimate
+    assert pull_quickly(dry_run=True).fetched == 0
+    node.units["partial", 0] = Unit(payload[:10] + b"!" + payload[11:], "step_2")
+    assert pull_quickly(dry_run=True).fetched == node.chunk_size
+
+
+def test_a_speed_limit_is_kept(node: Node, payload: bytes, tmp_path: Path, pull_quickly: Puller) -> None:
+    began = time.monotonic()
+    pull_quickly(tuning=replace(QUICK, max_rate=2e6))
+    assert time.monotonic() - began > 0.9 * len(payload) / 2e6
+    assert final(tmp_path).read_bytes() == payload
 
 
 def test_progress_only_rises_and_ends_complete(node: Node, payload: bytes, pull_quickly: Puller) -> None:
