@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
 from blake3 import blake3
 
-__all__ = ["BLOCK", "CHUNK", "ChunkHasher", "Digest", "digest_chunks", "digest_file"]
+__all__ = ["BLOCK", "CHUNK", "ChunkHasher", "Digest", "digest_blocks", "digest_chunks", "digest_file", "read_blocks"]
 
 CHUNK = 8 * 1024 * 1024
 """Bytes of a manifest's chunk, fixed by the contract: what a client fetches again when it arrives damaged."""
@@ -55,28 +56,45 @@ class ChunkHasher:
         self._filled = 0
 
 
-def digest_file(path: Path, *, seen: Callable[[int], None] | None = None) -> Digest:
-    """Both hashes of a file, read once; `seen` is called with the bytes of each block. Raises OSError."""
-    sha, chunks = hashlib.sha256(), ChunkHasher()
+def read_blocks(fd: int, offset: int = 0, length: int | None = None) -> Iterator[memoryview]:
+    """An open file's bytes from `offset` on, `length` of them or up to its end, in one buffer that is used again.
+
+    Ends early where the file does. Raises OSError.
+    """
     buffer = memoryview(bytearray(BLOCK))
+    while count := os.preadv(fd, [buffer if length is None else buffer[: min(length, BLOCK)]], offset):
+        yield buffer[:count]
+        offset += count
+        length = None if length is None else length - count
+
+
+def digest_blocks(blocks: Iterable[memoryview]) -> Digest:
+    """Both hashes of what the blocks hold one after the other."""
+    sha, chunks = hashlib.sha256(), ChunkHasher()
+    for block in blocks:
+        sha.update(block)
+        chunks.update(block)
+    return Digest(sha.hexdigest(), chunks.finish())
+
+
+def digest_file(path: Path, *, seen: Callable[[int], None] = lambda _: None) -> Digest:
+    """Both hashes of a file, read once; `seen` is called with the bytes of each block. Raises OSError."""
+
+    def told(blocks: Iterable[memoryview]) -> Iterator[memoryview]:
+        for block in blocks:
+            yield block
+            seen(len(block))
+
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
-        while count := os.readv(fd, [buffer]):
-            sha.update(buffer[:count])
-            chunks.update(buffer[:count])
-            if seen is not None:
-                seen(count)
+        return digest_blocks(told(read_blocks(fd)))
     finally:
         os.close(fd)
-    return Digest(sha.hexdigest(), chunks.finish())
 
 
 def digest_chunks(fd: int, *, stop: Callable[[], bool] = lambda: False) -> tuple[str, ...]:
     """The chunk hashes of an open file, or fewer when `stop` says so. Raises OSError."""
     chunks = ChunkHasher()
-    buffer = memoryview(bytearray(BLOCK))
-    offset = 0
-    while not stop() and (count := os.preadv(fd, [buffer], offset)):
-        chunks.update(buffer[:count])
-        offset += count
+    for block in takewhile(lambda _: not stop(), read_blocks(fd)):
+        chunks.update(block)
     return chunks.finish()

@@ -10,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from io import FileIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from bzstream.model.digest import BLOCK, CHUNK, ChunkHasher, Digest, digest_file
+from bzstream.model.digest import CHUNK, Digest, digest_blocks, digest_file, read_blocks
 from bzstream.model.errors import ModelError, StoreDamaged
 from bzstream.model.hash_pool import HashPool, SerialQueue
 from bzstream.model.record import FILES, FileRecord, SnapshotRecord, UnitRecord, read_record
@@ -195,24 +197,18 @@ def _verify_file(
 
 def _verify_view(store: Store, record: SnapshotRecord, findings: list[Finding], seen: Callable[[int], None]) -> None:
     """Hash the full model as it would be sent."""
-    sha, chunks = hashlib.sha256(), ChunkHasher()
-    buffer = memoryview(bytearray(BLOCK))
 
-    def take(data: memoryview) -> None:
-        sha.update(data)
-        chunks.update(data)
-        seen(len(data))
+    def blocks(files: list[FileIO]) -> Iterator[memoryview]:
+        parts = (read_blocks(files[index].fileno(), offset, length) for index, offset, length in record.view)
+        for block in chain([memoryview(record.head)], chain.from_iterable(parts)):
+            yield block
+            seen(len(block))
 
     try:
         with ExitStack() as cleanup:
             names = [store.folder(record.version) / unit.file for unit in record.units if unit.file is not None]
-            files = [cleanup.enter_context(name.open("rb", buffering=0)) for name in names]
-            take(memoryview(record.head))
-            for index, offset, length in record.view:
-                while length and (count := os.preadv(files[index].fileno(), [buffer[: min(length, BLOCK)]], offset)):
-                    take(buffer[:count])
-                    offset, length = offset + count, length - count
-        problem = _differs(record.units[-1], Digest(sha.hexdigest(), chunks.finish()))
+            digest = digest_blocks(blocks([cleanup.enter_context(name.open("rb", buffering=0)) for name in names]))
+        problem = _differs(record.units[-1], digest)
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
     if problem:

@@ -25,9 +25,10 @@ from typing import NamedTuple
 import numpy
 
 from bzstream.model.checkpoint import Checkpoint
-from bzstream.model.digest import BLOCK, ChunkHasher, Digest, digest_file
+from bzstream.model.digest import ChunkHasher, Digest, digest_file, read_blocks
 from bzstream.model.hash_pool import Buffer, HashPool, SerialQueue
 from bzstream.model.plan import CopyRun, Plan
+from bzstream.util.files import read_fully, write_fully
 
 __all__ = ["Outcome", "UnitOutcome", "buffers_of", "write_units"]
 
@@ -71,12 +72,12 @@ def write_units(
     with ExitStack() as cleanup:
         files = []
         for unit, item in enumerate(plan.units):
-            files.append(_File(folder and folder / item.file, item.size, candidates.get(unit)))
+            files.append(_UnitWriter(folder and folder / item.file, item.size, candidates.get(unit)))
             cleanup.callback(files[-1].close)
         pool = cleanup.enter_context(HashPool(buffers=BUFFERS, buffer_size=BUFFER_SIZE))
-        view = _Stream(pool, None, hashed=folder is not None)
+        view = _UnitStream(pool, None, hashed=folder is not None)
         streams = [
-            _Stream(pool, file, hashed=folder is not None and item.streamed)
+            _UnitStream(pool, file, hashed=folder is not None and item.streamed)
             for file, item in zip(files, plan.units, strict=True)
         ]
         for stream, item in zip(streams, plan.units, strict=True):
@@ -118,10 +119,10 @@ def buffers_of(plan: Plan, size: int) -> Iterator[list[CopyRun]]:
         yield parts
 
 
-class _Stream:
+class _UnitStream:
     """The queues of one unit, or of the full view: [write or compare, SHA-256, BLAKE3 chunks]."""
 
-    def __init__(self, pool: HashPool, file: _File | None, *, hashed: bool) -> None:
+    def __init__(self, pool: HashPool, file: _UnitWriter | None, *, hashed: bool) -> None:
         self.file = file
         self._sha, self._chunks = hashlib.sha256(), ChunkHasher()
         self._jobs: list[Callable[[memoryview, int], object]] = [] if file is None else [file.put]
@@ -142,7 +143,7 @@ class _Stream:
         return Digest(self._sha.hexdigest(), self._chunks.finish())
 
 
-class _File:
+class _UnitWriter:
     """One unit file on its way: compared with its candidate for as long as they are equal, then written."""
 
     def __init__(self, path: Path | None, size: int, candidate: Path | None) -> None:
@@ -159,11 +160,11 @@ class _File:
     def put(self, data: memoryview, offset: int) -> None:
         if self.linked:
             if _same(self._old, data, offset):
-                self._remember(offset, offset + len(data))
+                self._note_equal(offset, offset + len(data))
                 return
-            self._part()
+            self._start_writing()
         if self._fd >= 0:
-            _write(self._fd, data, offset)
+            write_fully(self._fd, data, offset)
 
     def finish(self) -> None:
         """Make the file durable, or link the old one in its place."""
@@ -177,7 +178,7 @@ class _File:
                 # EMLINK: the file system's limit; EPERM: one without hard links. A copy is as good, only not free.
                 if error.errno not in (errno.EMLINK, errno.EPERM, errno.ENOTSUP):
                     raise
-            self._part()
+            self._start_writing()
         os.fsync(self._fd)
 
     def close(self) -> None:
@@ -186,33 +187,31 @@ class _File:
                 os.close(fd)
         self._fd = self._old = -1
 
-    def _remember(self, begin: int, end: int) -> None:
+    def _note_equal(self, begin: int, end: int) -> None:
         if self._equal and self._equal[-1][1] == begin:
             begin = self._equal.pop()[0]
         self._equal.append((begin, end))
 
-    def _part(self) -> None:
+    def _start_writing(self) -> None:
         """The files differ: begin a new one with what was found equal."""
         self.linked = False
         if self._path is None:
             return
         self._fd = _create(self._path)
-        buffer = memoryview(bytearray(BLOCK))
         for begin, end in self._equal:
-            while begin < end:
-                block = buffer[: end - begin]
-                if not _read_fully(self._old, block, begin):
-                    raise OSError(errno.EIO, "a file of the snapshot before was cut while it was being compared")
-                _write(self._fd, block, begin)
+            for block in read_blocks(self._old, begin, end - begin):
+                write_fully(self._fd, block, begin)
                 begin += len(block)
+            if begin < end:
+                raise OSError(errno.EIO, "a file of the snapshot before was cut while it was being compared")
 
 
 def _read(
     plan: Plan,
     checkpoint: Checkpoint,
     pool: HashPool,
-    view: _Stream,
-    streams: list[_Stream],
+    view: _UnitStream,
+    streams: list[_UnitStream],
     progress: Callable[[int], None] | None,
 ) -> None:
     """Read the full view buffer by buffer and hand each buffer to the streams that need some of it."""
@@ -266,24 +265,9 @@ def _create(path: Path) -> int:
     return fd
 
 
-def _write(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(fd, data, offset)
-        data, offset = data[count:], offset + count
-
-
-def _read_fully(fd: int, into: memoryview, offset: int) -> bool:
-    while into:
-        count = os.preadv(fd, [into], offset)
-        if count == 0:
-            return False
-        into, offset = into[count:], offset + count
-    return True
-
-
 def _same(fd: int, data: memoryview, offset: int) -> bool:
     """Whether the file holds `data` at `offset`."""
     scratch = memoryview(bytearray(len(data)))
-    return _read_fully(fd, scratch, offset) and numpy.array_equal(
+    return read_fully(fd, scratch, offset) == len(data) and numpy.array_equal(
         numpy.frombuffer(scratch, numpy.uint8), numpy.frombuffer(data, numpy.uint8)
     )

@@ -86,10 +86,10 @@ def build(family: str) -> Any:
     classes = [getattr(transformers, name)[kind] for name in CLASSES if kind in getattr(transformers, name)]
     chosen = classes[0][0] if isinstance(classes[0], (tuple, list)) else classes[0]
     torch.manual_seed(0)
-    model = chosen(config).to(torch.bfloat16)
+    model = chosen(config)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
-            tensor.data.normal_()  # biases and norms too: zeros would hide a row in the wrong place
+            tensor.data = tensor.data.bfloat16().normal_()  # biases and norms too: zeros would hide a row in the wrong place
     return model
 
 

@@ -22,6 +22,7 @@ from bzstream.model.errors import (
 from bzstream.model.plan import make_plan
 from bzstream.model.write_units import buffers_of
 from bzstream.util.dtypes import DTYPES
+from tests.seeds import seeds
 
 from .build import SPLIT, Signer, Spec, check_store, fused, separate, tree, write_checkpoint
 
@@ -69,7 +70,7 @@ def models(draw: st.DrawFn) -> tuple[dict[str, Spec], dict[int, dict[int, tuple[
     return specs, experts
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=seeds(15, 60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(models(), st.integers(0, 3), st.sampled_from([17, 4096, 1 << 21]))
 def test_any_model_and_map_give_exact_units(
     tmp_path_factory: pytest.TempPathFactory,
@@ -91,7 +92,7 @@ def test_any_model_and_map_give_exact_units(
     check_store(place / "store", specs, data, experts)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=seeds(10, 40), deadline=None)
 @given(models(), st.sampled_from([1, 3, 64, 1000]))
 def test_a_plan_covers_every_byte_once(
     model: tuple[dict[str, Spec], dict[int, dict[int, tuple[int, ...]]]], size: int
@@ -251,7 +252,7 @@ def test_only_what_changed_is_written(tmp_path: Path) -> None:
     assert os.stat(store / "snapshots/a/group-2.safetensors").st_nlink == 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=seeds(10, 40), deadline=None)
 @given(st.data())
 def test_any_change_gives_exact_units_again(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """One byte of the source differs, anywhere: files compared so far are completed from the old ones."""
