@@ -89,7 +89,8 @@ def build(family: str) -> Any:
     model = chosen(config)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
-            tensor.data = tensor.data.bfloat16().normal_()  # biases and norms too: zeros would hide a row in the wrong place
+            # Biases and norms too: zeros would hide a row in the wrong place.
+            tensor.data = tensor.data.bfloat16().normal_()
     return model
 
 
