@@ -127,8 +127,6 @@ class StoreSettings(_Section, frozen=True):
     path: str | None = None
     keep: Count = 3
     """Published versions that stay on disk."""
-    poll_s: Seconds = 0.25
-    """How often a worker looks for a new snapshot, tokens file or TLS certificate (the contract: within 1 s)."""
 
 
 class CodingSettings(_Section, frozen=True):
@@ -162,10 +160,6 @@ class ChainSettings(_Section, frozen=True):
     """Seconds a block (Bittensor's finney network)."""
     stale_s: Seconds = 60.0
     """A chain state older than this makes /health degraded and /submit answer 503."""
-    metagraph_blocks: Blocks = 10
-    """Blocks between two reads of the metagraph."""
-    step_timeout_s: Seconds = 30.0
-    """Bound on every single wait for the node: the SDK's block stream hangs for ever on some closes."""
     set_weights: bool = False
     """Set the weights of every round on the chain, signed by `node.wallet`."""
     weights_top_k: Count = 64
@@ -211,8 +205,6 @@ class LedgerSettings(_Section, frozen=True):
     url: str | None = None
     """BZ_LEDGER or `--ledger FILE`: a file for SQLite, or postgresql://user:password@host/db. Default: ledger.sqlite
     inside the store."""
-    poll_s: Seconds = 0.2
-    """How often a worker reads the chain state."""
 
 
 class EvaluationSettings(_Section, frozen=True):

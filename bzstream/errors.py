@@ -1,7 +1,7 @@
-"""The one base of every error that a person may read.
+"""The base class of every error that a person may read.
 
-Each room derives its own small taxonomy from `BzstreamError`. The text is a single clear sentence that says what is
-wrong and what to do about it; the command line prints it and exits with status 1, the api turns it into a response.
+Each package derives its own few classes from `BzstreamError`. The text is one clear sentence that says what is wrong
+and what to do about it. The command line prints it and exits with status 1; the api turns it into a response.
 Anything that is not a `BzstreamError` is a bug and may show a traceback in a log, never in a response.
 """
 

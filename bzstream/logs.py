@@ -2,7 +2,7 @@
 
 A log that cannot be written (a full disk, a reader that is gone) is no reason to stop: the line is lost, nothing else.
 
-No token, no signature and no URL of a miner is ever logged; whoever adds a field keeps to that.
+No token, signature or URL of a miner may ever be logged.
 """
 
 from __future__ import annotations

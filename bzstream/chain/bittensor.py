@@ -1,13 +1,14 @@
-"""Bittensor's chain, watched through its SDK: heads by subscription, the metagraph now and then, seeds when final.
+"""Watches Bittensor's chain through its SDK: heads by subscription, the metagraph every few blocks, seeds when final.
 
-A node, a network or the SDK can stop answering in ways that raise nothing: a close with 1000 or 1001, a half-open
-connection, a node that stays connected and sends no more blocks. So every single wait has a bound, and whatever is
-not a head in time ends the session; the next one goes to the next endpoint. The waits are not `asyncio.wait_for`: it
-waits for the cancelled coroutine to end, and the SDK's, when cancelled, first asks the silent node to unsubscribe. An
-overdue wait is cancelled, given a moment, left behind, and ends when the client is closed.
+The chain role runs `watch` in its event loop. A *session* is one connection to one endpoint. A node, a network or the
+SDK can stop answering in ways that raise nothing: a close with code 1000 or 1001, a half-open connection, a node that
+stays connected and sends no more blocks. So every single wait has a bound. A wait that runs out, or any error, ends the
+session, and the next session goes to the next endpoint. `asyncio.wait_for` would not do: it waits until the cancelled
+coroutine has ended, and the SDK's coroutines, when cancelled, first ask the silent node to unsubscribe. An overdue wait
+is cancelled, given `GRACE_S` to end, and then left alone; it ends when the connection is closed.
 
-What is known survives sessions. A node that lags far behind what was seen already is passed over, unless all do: then
-the chain was started afresh.
+What is known of the chain survives sessions. A node that lags far behind the newest block seen is passed over. If all
+endpoints lag, the chain was started afresh, and what was known of the old one is forgotten.
 """
 
 from __future__ import annotations
@@ -35,11 +36,15 @@ __all__ = ["ChainError", "watch"]
 _T = TypeVar("_T")
 
 PAUSE_FIRST_S, PAUSE_MAX_S = 0.5, 15.0
-"""Between sessions: short after one that saw heads, doubling while there are none. A block takes 12 s."""
+"""Pause between sessions: short after a session that saw heads, doubled after each that saw none."""
 GRACE_S, CLOSE_S = 0.5, 5.0
-"""For what was cancelled to say goodbye to the node, and for closing a connection."""
+"""Longest wait for a cancelled call to end, and for a connection to close."""
 LAG_BLOCKS = 10
 """A node this far behind is still syncing, or cut off."""
+METAGRAPH_BLOCKS = 10
+"""Blocks between two reads of who is registered: two minutes, about 200 KB for 256 neurons."""
+STEP_TIMEOUT_S = 30.0
+"""Longest wait for any one answer or block: more than two blocks."""
 
 _HASH = re.compile(r"0x([0-9a-f]{64})", re.ASCII)
 _log = structlog.get_logger("bzstream.chain")
@@ -63,16 +68,16 @@ async def watch(
     try:
         for endpoint in itertools.cycle(settings.endpoint):
             seen = watcher.heads
-            reason = await _session_of(watcher, endpoint)
+            reason = await _run_session(watcher, endpoint)
             pause = PAUSE_FIRST_S if watcher.heads > seen else min(2 * pause, PAUSE_MAX_S)
-            _log.warning("lost the chain", endpoint=_bare(endpoint), reason=reason, next_try_s=pause)
+            _log.warning("lost the chain", endpoint=_host_of(endpoint), reason=reason, next_try_s=pause)
             await asyncio.sleep(pause)
     finally:
         await watcher.close()
 
 
-async def _session_of(watcher: _Watcher, endpoint: str) -> str:
-    """Run one session; why it ended."""
+async def _run_session(watcher: _Watcher, endpoint: str) -> str:
+    """Run one session; the reason why it ended."""
     try:
         await watcher.session(endpoint)
     except Exception as error:  # the SDK's transport raises its own, asyncio's, the socket's and websockets' kinds
@@ -113,7 +118,7 @@ class _Watcher:
             await self._setter.close()
 
     async def session(self, endpoint: str) -> None:
-        """Follow one node until it fails. Returns or raises whatever ended it."""
+        """Follow one node until it fails: returns when its stream of blocks ends, raises what else ends it."""
         import bittensor
 
         connections: list[Any] = []
@@ -142,7 +147,7 @@ class _Watcher:
     async def _observe(self, client: Any, substrate: Any, block: int) -> None:
         self._check_lag(block)
         self._block = block
-        if self._registered_at is None or not 0 <= block - self._registered_at < self._settings.metagraph_blocks:
+        if self._registered_at is None or not 0 <= block - self._registered_at < METAGRAPH_BLOCKS:
             await self._read_metagraph(client, block)
         await self._read_seeds(client, substrate, block)
         self.heads += 1
@@ -195,13 +200,13 @@ class _Watcher:
 
     async def _step(self, what: str, waiting: Awaitable[_T]) -> _T:
         try:
-            return await _bounded(waiting, self._settings.step_timeout_s)
+            return await _bounded(waiting, STEP_TIMEOUT_S)
         except TimeoutError:
-            raise ChainError(f"no answer to {what} within {self._settings.step_timeout_s:g} s") from None
+            raise ChainError(f"no answer to {what} within {STEP_TIMEOUT_S:g} s") from None
 
 
 async def _bounded(waiting: Awaitable[_T], seconds: float) -> _T:
-    """Wait so long and no longer; what is overdue is cancelled and left behind. Raises TimeoutError."""
+    """Wait at most `seconds`; a wait that is overdue is cancelled and left alone. Raises TimeoutError."""
     task = asyncio.ensure_future(waiting)
     try:
         await asyncio.wait({task}, timeout=seconds)
@@ -215,7 +220,7 @@ async def _bounded(waiting: Awaitable[_T], seconds: float) -> _T:
             await asyncio.wait({task}, timeout=GRACE_S)
 
 
-def _bare(endpoint: str) -> str:
-    """An endpoint without the path and query, where providers put their keys."""
+def _host_of(endpoint: str) -> str:
+    """An endpoint's host and port. Its path and query stay out of logs: providers put access keys there."""
     form = re.match(r"[a-z]+://(?:[^/?#@]*@)?([^/?#]*)", endpoint)
     return form[1] if form else "?"

@@ -6,8 +6,8 @@ ed25519 key, or what the Bittensor SDK writes for a hotkey: JSON, plain or encry
 comes from where the SDK takes it: BT_WALLET_PASSWORD, BT_PW_<path>, the file that BT_WALLET_PASSWORD_FILE names, or a
 prompt when a person sits there.
 
-The public half of keys and signatures (`ss58`, `signatures`, `canonical`) is offered here too: this is the room's
-front door for everything about keys.
+The public half of keys and signatures (`ss58`, `signatures`, `canonical`) is exported here too, so that callers import
+everything about keys from this module.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
 A caller proves "hotkey X asks hotkey Y for exactly this, now" with six headers and a signature over
     btauth/1 \\n scheme \\n METHOD \\n target \\n sha256(body) hex \\n nonce \\n sender \\n receiver
-where the target is the path with its query as sent and the nonce the time in nanoseconds (bittensor 11.3,
-bittensor/http_auth.py: `build_payload`). A proof is good for 10 s, with 2 s for clocks that run ahead, and once.
+The target is the path with its query as sent, the nonce is the time in nanoseconds (bittensor 11.3,
+bittensor/http_auth.py: `build_payload`). A proof is accepted once, within 10 s, and 2 s early for clocks that differ.
 
-The cache of seen nonces is bounded without ever letting a replay through: what it must forget raises a floor below
-which every nonce is refused. Under a flood the window gets shorter for everybody; memory and the promise stay.
+The cache of seen nonces is bounded and still never lets a replay through: when it has to forget a nonce, it refuses
+every nonce up to that one from then on. Under a flood of proofs the window gets shorter for every caller.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The chain role: one process that watches the chain and writes what it sees into the ledger.
 
-It watches either a chain file (`chain.file`, simulated) or a real chain over the Bittensor SDK. Both *offer* states;
-one writer hands the newest to the ledger, so that a slow or failing ledger never holds up the watching, and what is
-written late carries the moment it was seen. HTTP workers never talk to a chain: they read the ledger.
+It watches either a chain file (`chain.file`, simulated) or a real chain over the Bittensor SDK. Both offer states to
+`StateWriter`, which writes the newest one into the ledger. A slow or failing ledger therefore never delays the
+watching, and a state that is written late carries the moment at which it was seen. HTTP workers never talk to a chain;
+they read the ledger. The supervisor starts one such process (`node.child`), and everything runs in its event loop.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from bzstream.chain.state import ChainState
 from bzstream.chain.weight_setter import RoundLedger
 from bzstream.config import ChainSettings
 from bzstream.errors import BzstreamError
+from bzstream.util.warn_once import WarnOnce
 
 __all__ = ["StateWriter", "run"]
 
@@ -99,8 +101,8 @@ class StateWriter:
         self._arrived.set()
 
     async def deliver(self) -> None:
-        """Write what arrives, for ever; an unwilling ledger is reported once and tried again."""
-        failing = False
+        """Write states as they arrive, until cancelled. A failing ledger is reported once, and written to again."""
+        failures = WarnOnce(_log.warning)
         while True:
             await self._arrived.wait()
             self._arrived.clear()
@@ -111,13 +113,11 @@ class StateWriter:
                     await self._recorder.write()
                 await self._publish(state)
             except BzstreamError as error:
-                if not failing:
-                    _log.warning("the chain's state cannot be written", reason=str(error))
-                failing = True
+                failures.failed("the chain's state cannot be written", reason=str(error))
                 self._arrived.set()
                 await asyncio.sleep(RETRY_S)
             else:
-                failing = False
+                failures.succeeded()
 
 
 async def _watch_file(file: Path, cycle: Cycle, offer: Callable[[ChainState], None]) -> None:

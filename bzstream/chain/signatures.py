@@ -1,6 +1,6 @@
-"""One function decides whether a signature is good: for submissions, for signed requests, for manifests.
+"""`verify` decides whether a signature is good: for submissions, signed requests and manifests. Pure; any thread.
 
-A hotkey's address does not say which scheme its key belongs to, so both are tried (or those that are allowed).
+A hotkey's address does not say which scheme its key belongs to, so every scheme that the caller allows is tried.
 - ed25519 goes through PyNaCl: libsodium refuses small-order and non-canonical keys, small-order R and S >= L.
   bittensor_core verifies ed25519 too, but accepts forgeries for small-order keys.
 - sr25519 goes through bittensor_core (schnorrkel). It accepts a forgery for the all-zero key, which is the neutral

@@ -1,8 +1,8 @@
 """ChainState: what the node knows of the chain at one moment, a plain immutable value.
 
-The chain role makes it, the ledger carries it to every process, the http workers answer from it. `observed_at` is the
-moment at which the chain role last knew this state to be true, not when the block was made: a frozen chain file is
-confirmed again and again and never grows old while the chain role lives, and any state grows old when it dies.
+The chain role makes it, the ledger carries it to every process, and the http workers answer from it. `observed_at` is
+the moment at which the chain role last knew this state to be true, not the time of the block. The role confirms a
+frozen chain file every few seconds, so that its state stays fresh while the role runs and grows old when it ends.
 """
 
 from __future__ import annotations

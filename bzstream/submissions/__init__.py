@@ -1,7 +1,7 @@
 """The ledger (a durable queue of submissions, with the chain state beside it) and the intake rules.
 
-May import: `chain`, `config`, `errors`.
+May import: `chain`, `config`, `errors`, `util`.
 
-The front doors: `ledger` (`Ledger`, `AsyncLedger`), `intake` (`read_body`, `decide`), `records` (the values between
-them), `urls` (which places a checkpoint may come from), `states` (the life of a submission).
+Public API: `ledger` (`Ledger`, `AsyncLedger`), `intake` (`read_body`, `decide`), `types` (the values between them),
+`urls` (where a checkpoint may lie), `states` (the life of a submission).
 """

@@ -73,7 +73,7 @@ class Database:
             _prepare(file)
             self._writer_queue_lock = os.open(f"{file}.turn", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             # Connections move between threads only through the pool, never while in use.
-            # SQLite's own wait sleeps up to 100 ms between two tries: writers, who often meet, try by themselves.
+            # SQLite's own wait sleeps up to 100 ms between two tries. Writers often wait, so they try every ms instead.
             self._writers, self._readers = (
                 create_engine(
                     url,

@@ -1,8 +1,8 @@
-"""Intake: what a POST /submit must say, and whether its moment is right. Pure; nothing is read, sent or looked up.
+"""Checks a POST /submit: what it says, and whether it may be submitted now. Pure; any thread.
 
     body -> read_body (400) -> decide (503, 400, 423, 400, 403) -> Candidate -> the ledger (409, 429, 202)
-The order is the contract's: whoever is refused learns the first thing that is wrong with the request, and nothing
-about the node's state that he could have learned without a well-formed and signed one.
+The order is the contract's. A refused request is told the first thing that is wrong with it, and the node's state only
+if it is well-formed and signed. The http worker calls this; the signature is most of the work.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Leases: who works on a submission, and what happens when he dies.
+"""Leases: which evaluator works on a submission, and what happens when that evaluator dies.
 
-A claim writes a random token and an end, by the database's clock, into the row. Every later change is conditional on
-that token and on the end lying ahead, so that an evaluator that hung, lost its network or was restarted can change
-nothing any more once its job went to somebody else, or was superseded (which clears the token).
+A claim writes a random token and an end, by the database's clock, into the submission's row. Every later change is
+conditional on that token and on the end lying in the future. So an evaluator that hung, lost its network or was
+restarted can change nothing once another evaluator has its job, or once the submission was superseded, which clears the
+token. The ledger's writer thread runs these operations.
 """
 
 from __future__ import annotations

@@ -359,7 +359,7 @@ def _write_round_bases(connection: Connection, bases: Sequence[RoundBase]) -> Se
 
 
 def _write_chain_state(connection: Connection, states: Sequence[ChainState]) -> Sequence[None]:
-    state = states[-1]  # the newest makes those before it moot
+    state = states[-1]  # the newest replaces those before it
     payload = _pack(state)
     held = connection.execute(select(chain_state.c.version, chain_state.c.payload)).one_or_none()
     values: dict[str, Any] = {

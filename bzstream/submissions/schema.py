@@ -47,7 +47,7 @@ __all__ = [
 
 
 class LedgerError(BzstreamError):
-    """The ledger cannot be opened or used; base of this room's errors about it."""
+    """The ledger cannot be opened or used; base of the errors of `submissions` about it."""
 
 
 class db_now(FunctionElement[float]):  # noqa: N801  it reads as the SQL function it stands for

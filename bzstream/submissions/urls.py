@@ -1,9 +1,9 @@
 """Checkpoint URLs: their form (RFC 3986) and where they may point. Nothing is looked up and nothing is fetched here.
 
-A miner chooses the URL and the validator will fetch it, from inside its own network. So a URL must say plainly where
-it goes: a DNS name or a literal public address, in the one spelling that every URL library reads alike. The names that
-a resolver could turn into something private are a matter for the fetcher, which checks every address that it connects
-to with `is_public_address`; what can be seen in the text is refused here, before anything is queued.
+A miner chooses the URL and the validator will fetch it, from inside its own network. So a URL must name a DNS name or a
+literal public address, in the one spelling that all URL libraries read alike. What can be seen in the text is refused
+here, before anything is queued. A name can still resolve to a private address: the fetcher checks every address that it
+connects to with `is_public_address`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _SPECIAL_V4 = tuple(
         "240.0.0.0/4",  # reserved, and broadcast
     )
 )
-"""IANA's IPv4 special-purpose address registry, whole: nobody serves a checkpoint from any of these."""
+"""IANA's IPv4 special-purpose address registry, whole. A checkpoint is never fetched from these."""
 
 _GLOBAL_V6 = ipaddress.IPv6Network("2000::/3")
 _SPECIAL_V6 = tuple(

@@ -91,6 +91,11 @@ class Writer:
         self._put(_Job(operation, argument, future))
         return future
 
+    @property
+    def waiting(self) -> int:
+        """Jobs that no transaction has taken yet."""
+        return len(self._jobs)
+
     def close(self) -> None:
         """Do the jobs that wait, then stop the thread."""
         if not self._closed:

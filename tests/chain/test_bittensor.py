@@ -27,6 +27,8 @@ def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BTCLI_TOKEN_SYMBOLS_CACHE", str(tmp_path / "symbols.json"))
     monkeypatch.setattr("bzstream.chain.bittensor.PAUSE_FIRST_S", 0.05)
     monkeypatch.setattr("bzstream.chain.bittensor.PAUSE_MAX_S", 0.1)
+    monkeypatch.setattr("bzstream.chain.bittensor.STEP_TIMEOUT_S", 0.7)
+    monkeypatch.setattr("bzstream.chain.bittensor.METAGRAPH_BLOCKS", 3)
 
 
 class Seen:
@@ -54,7 +56,7 @@ class Seen:
 
 @asynccontextmanager
 async def watching(*nodes: FakeNode, **changes: object) -> AsyncIterator[Seen]:
-    given = {"endpoint": tuple(node.url for node in nodes), "netuid": 1, "step_timeout_s": 0.7, "metagraph_blocks": 3}
+    given = {"endpoint": tuple(node.url for node in nodes), "netuid": 1}
     seen, stop = Seen(), asyncio.Event()
     role = asyncio.create_task(run(ChainSettings(**{**given, **changes}), seen.publish, stop))  # type: ignore[arg-type]
     try:

@@ -10,7 +10,7 @@ import sqlite3
 import stat
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from bzstream.submissions.types import (
     LimitReached,
     SubmissionRow,
 )
+from bzstream.submissions.writer import Writer
 from tests.submissions.values import HOTKEYS, ROUND, accepted, candidate, in_loop
 
 
@@ -93,13 +94,23 @@ def test_the_last_of_a_cycle_counts(ledger: Ledger) -> None:
     assert [record.submission_id for record in scores.results] == [ids[2], other]
 
 
-def test_many_at_once_are_decided_as_if_one_came_after_the_other(ledger: Ledger) -> None:
+@pytest.fixture
+def writer(ledger: Ledger, where: str) -> Iterator[Writer]:
+    """A second writer on the ledger's database, for operations that the ledger does not have."""
+    database = Database(where)
+    made = Writer(database)
+    yield made
+    made.close()
+    database.close()
+
+
+def test_many_at_once_are_decided_as_if_one_came_after_the_other(ledger: Ledger, writer: Writer) -> None:
     group = [*(candidate(block=block, limit=2) for block in (1, 1, 2, 3)), candidate(HOTKEYS[1], block=1)]
 
     def together(connection: Connection, groups: Sequence[Sequence[Candidate]]) -> Sequence[Sequence[AdmissionResult]]:
         return [Admission()(connection, group) for group in groups]
 
-    outcomes = ledger._writer.call(together, group)
+    outcomes = writer.call(together, group)
     first, second, other = accepted(outcomes[0]), accepted(outcomes[2]), accepted(outcomes[4])
     assert outcomes[1] == Duplicate(first)
     assert outcomes[3] == LimitReached(2)
@@ -183,24 +194,24 @@ async def test_one_that_the_database_refuses_fails_alone(where: str) -> None:
     await asyncio.to_thread(ledger.close)
 
 
-def test_a_failing_operation_takes_nobody_along(ledger: Ledger) -> None:
+def test_a_failing_operation_takes_nobody_along(ledger: Ledger, writer: Writer) -> None:
     def broken(connection: Connection, _: object) -> list[None]:
         connection.execute(text("DELETE FROM submissions"))
         raise LedgerError("on purpose")
 
     submission_id = accepted(ledger.accept(candidate()))
     with pytest.raises(LedgerError, match="on purpose"):
-        ledger._writer.call(broken, None)
+        writer.call(broken, None)
     assert find(ledger, submission_id).status == "queued"
 
 
-def test_a_failing_commit_is_told_to_everybody_in_it(ledger: Ledger) -> None:
+def test_a_failing_commit_is_told_to_everybody_in_it(ledger: Ledger, writer: Writer) -> None:
     def broken(connection: Connection, _: object) -> list[None]:
         connection.execute(text("SELECT * FROM no_such_table"))
         return []
 
     with pytest.raises(LedgerUnavailable, match="no_such_table"):
-        ledger._writer.call(broken, None)
+        writer.call(broken, None)
     accepted(ledger.accept(candidate()))
 
 
@@ -415,10 +426,12 @@ def test_the_file_is_its_owners_and_full_sync(tmp_path: Path) -> None:
     accepted(ledger.accept(candidate()))
     for name in os.listdir(tmp_path):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600, name
-    with ledger._database.read() as connection:
+    ledger.close()
+    database = Database(file)
+    with database.read() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2
-    ledger.close()
+    database.close()
     with pytest.raises(LedgerUnavailable, match="closed"):
         ledger.accept(candidate())
 

@@ -52,7 +52,7 @@ def eight_in_one_transaction(desk: Desk) -> None:
     first = desk.callers.submit(desk.do, 0)
     assert desk.begun.wait(10)
     others = [desk.callers.submit(desk.writer.call, desk.operation, number) for number in range(1, 9)]
-    while len(desk.writer._jobs) < 8:
+    while desk.writer.waiting < 8:
         time.sleep(0.001)
     desk.go_on.set()
     first.result(10)
@@ -89,7 +89,7 @@ def test_what_waits_is_done_before_the_writer_ends(desk: Desk, monkeypatch: pyte
     monkeypatch.setattr(writer, "PACE_S", 60.0)
     eight_in_one_transaction(desk)
     last = desk.callers.submit(desk.do, 9)
-    while not desk.writer._jobs:
+    while not desk.writer.waiting:
         time.sleep(0.001)
     desk.writer.close()
     last.result(10)
