@@ -203,6 +203,8 @@ class World:
             want = self._checked(ask)
         except Stop as stop:
             want = stop.want
+            if ask.has_body and ask.path != "/submit" and want.status in (400, 403) and want.goes_on:
+                want.goes_on = None  # refused by its head alone, and then what its body does is left open
         if ask.version == "1.0" or ask.close:
             want.goes_on = False
         if ask.method == "HEAD":
@@ -248,7 +250,7 @@ class World:
 
     def _claim(self, ask: Ask) -> None:
         if ask.hotkey is not None and not is_hotkey(ask.hotkey):
-            raise Stop(400)
+            raise Stop(400, None if ask.has_body else True)
 
     def _identity(self, ask: Ask, bound: str | None) -> None:
         if bound is not None and ask.hotkey is not None and ask.hotkey != bound:

@@ -1,7 +1,7 @@
 """Mutated requests over real sockets against the real node: the endpoints, whose parser and connection alone
 `tests/http/io/test_fuzz` drives a hundred thousand times.
 
-There are 6,000 of them, in a long run 100,000. Nearly all of a request's time is the node's, so
+There are 2,000 of them, in a long run 100,000. Nearly all of a request's time is the node's, so
 several clients keep two workers busy. The seeds are fixed.
 """
 
@@ -24,7 +24,7 @@ from tests.http.io.test_fuzz import TOKENS
 from tests.nodes import TOKEN, Node, child_processes, eventually, running_node
 from tests.seeds import seeds
 
-REQUESTS = seeds(6_000, 100_000)
+REQUESTS = seeds(2_000, 100_000)
 WORKERS, CLIENTS = 2, 4
 ALLOWED = {100, 200, 202, 204, 206, 304} | {400, 401, 403, 404, 405, 409, 412, 413, 416, 417, 423, 429, 431, 503, 505}
 STATUS = re.compile(rb"HTTP/1\.1 ([0-9]{3}) [A-Za-z -]+\r\n(?:Date: [^\r]+\r\nServer: bzstream|\r\n)")
@@ -148,7 +148,7 @@ def test_mutated_requests(fuzzed: Desk) -> None:
     assert len(workers) == WORKERS
     good = good_requests(node)
     before = [descriptors(worker) for worker in workers]
-    for _ in range(500 * WORKERS):  # what is allocated once is allocated now
+    for _ in range(seeds(150, 500) * WORKERS):  # what is allocated once is allocated now
         talk(node.port, rng.choice(good), rng)
     memory = [resident(worker) for worker in workers]
     with ThreadPoolExecutor(CLIENTS) as pool:
