@@ -71,21 +71,6 @@ def _collect_garbage() -> None:
     gc.enable()
 
 
-def open_standard_descriptors() -> None:
-    """Open /dev/null for each of the descriptors 0, 1 and 2 that is closed, as after `bzstream … <&- 2>&-`.
-
-    Otherwise the next file or socket gets its number, and whatever writes an error writes into it.
-    """
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-            os.set_inheritable(fd, True)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 (open to the end)
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
-
-
 def main() -> None:
     """Run the command line and turn what a person can act on into one line and exit status 1.
 
@@ -95,7 +80,6 @@ def main() -> None:
     prepare_streams()
     gc.disable()
     atexit.register(gc.freeze)
-    open_standard_descriptors()
     named = [word for word in sys.argv[1:2] if word in COMMANDS]
     try:
         try:

@@ -38,6 +38,7 @@ def prepare_streams() -> None:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+            os.set_inheritable(fd, True)
     sys.stdout = _stream(1, sys.stdout, line_buffering=sys.stdout is not None and sys.stdout.isatty())
     sys.stderr = _stream(2, sys.stderr, line_buffering=True)
 
