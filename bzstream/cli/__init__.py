@@ -11,7 +11,6 @@ import atexit
 import functools
 import gc
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable

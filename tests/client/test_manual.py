@@ -40,7 +40,7 @@ def test_an_interrupted_curl_never_joins_two_versions(tmp_path: Path, checkpoint
     for shard in newer.glob("*.safetensors"):
         np.memmap(shard, np.uint8, "r+")[1_000_000::4096] ^= 1
     publish(checkpoint, tmp_path / "store", block=BLOCK, version=VERSION, groups=GROUPS)
-    recipe = commands("If-Match")
+    recipe = commands("curl -fsSI")
     every_time = recipe[recipe.index("file=") :]
     with running_node(tmp_path) as node:
         who = {**node.headers(0), "X-Hotkey": HOTKEY}
