@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import http.client
+import io
 import json
 import struct
+import time
 from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import pytest
@@ -14,6 +19,10 @@ from safetensors import safe_open
 
 from bzstream.chain.keys import Key
 from bzstream.chain.proofs import sign_request
+from bzstream.model import publish
+from bzstream.model.store import Store
+from tests.api.cutting import AUTH, Rig, open_state, until
+from tests.model import build
 from tests.nodes import BLOCK, GROUPS, TOKEN, VERSION, Answer, Node, running_node
 
 BEARER = {"Authorization": f"Bearer {TOKEN}"}
@@ -172,6 +181,49 @@ def test_head_has_the_headers_of_get(node: Node, path: str) -> None:
     assert {k.lower(): v for k, v in head.headers.items() if k.lower() not in changing} == {
         k.lower(): v for k, v in get.headers.items() if k.lower() not in changing
     }
+
+
+def test_last_modified_is_the_activation_and_never_in_the_future(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A version that is published with the clock two hours ahead, another with the clock put right, then a roll-back:
+    whoever holds one of them is told of each other one."""
+    specs, now = build.fused(experts=8), int(time.time())
+    store = tmp_path / "store"
+    seen: list[tuple[str, str]] = []
+    held: dict[str, str] = {}
+
+    async def main() -> None:
+        async with open_state(store, tmp_path) as state, Rig(state) as rig:
+
+            async def fetch(since: str | None = None) -> Answer:
+                peer = rig.connect()
+                condition = "" if since is None else f"If-Modified-Since: {since}\r\n"
+                peer.push(f"HEAD /model/shared HTTP/1.1\r\n{AUTH}X-Hotkey: {HOTKEY}\r\n{condition}\r\n".encode())
+                await until(lambda: peer.take() and peer.received.endswith(b"\r\n\r\n"), "an answer")
+                peer.close()
+                status, _, fields = bytes(peer.received).decode().partition("\r\n")
+                return Answer(int(status.split()[1]), http.client.parse_headers(io.BytesIO(fields.encode())), b"")
+
+            answer = await fetch()
+            version, modified = answer.headers["X-Model-Version"] or "", answer.headers["Last-Modified"] or ""
+            assert parsedate_to_datetime(modified) <= parsedate_to_datetime(answer.headers["Date"])
+            for other, since in seen:
+                if other != version:
+                    assert (await fetch(since)).status == 200, f"{version} is no {other}"
+            seen.append((version, modified))
+            held[version] = answer.headers["ETag"] or ""
+
+    for version, clock in (("one", now + 7200), ("two", now), ("three", now)):
+        build.write_checkpoint(tmp_path / version, specs, build.contents(specs, len(seen)))
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "time", lambda at=clock: float(at))
+            publish(tmp_path / version, store, block=1, version=version, groups=GROUPS)
+        asyncio.run(main())
+    Store(store).use("one")
+    asyncio.run(main())
+    assert [version for version, _ in seen] == ["one", "two", "three", "one"]
+    assert len(set(held.values())) == 3
 
 
 def test_ranges_and_conditions(node: Node) -> None:
