@@ -15,9 +15,8 @@ from bzstream.evaluation.reading.specs import TensorSpec, specs_of
 from bzstream.evaluation.reading.values import published_exponent, value_bound
 from bzstream.evaluation.rejection_codes import EvaluationError, Failure
 from bzstream.model import Snapshot
-from bzstream.payload import Extent, Payload, size_of
+from bzstream.payload import Payload
 from bzstream.tensorfile import head_size, parse_head
-from bzstream.util.files import read_fully
 
 __all__ = ["BaselineModel", "UnitTensors", "read_into"]
 
@@ -108,13 +107,5 @@ def _unit_tensors(payload: Payload, content_hash: str) -> UnitTensors:
 
 def read_into(payload: Payload, offset: int, target: memoryview) -> None:
     """Fill `target` with the payload's bytes from `offset`. Raises EvaluationError when a file is cut."""
-    done = 0
-    for part in payload[offset : offset + len(target)]:
-        here = target[done : done + size_of(part)]
-        if not isinstance(part, Extent):
-            here[:] = part
-        elif read_fully(part.file.fd, here, part.offset) < len(here):
-            break
-        done += len(here)
-    if done < len(target):
+    if payload[offset : offset + len(target)].read_into(target) < len(target):
         raise EvaluationError("a unit of the store was cut; run `bzstream inspect --verify` on the store")

@@ -30,6 +30,7 @@ from bzstream.node.child import ChildSpec, Role
 from bzstream.node.errors import NodeError
 from bzstream.node.listeners import open_listeners
 from bzstream.node.metrics_folder import MetricsFolder
+from bzstream.util.backoff import backoff
 
 __all__ = ["serve"]
 
@@ -117,7 +118,7 @@ class _Supervisor:
 
     async def _monitor(self, spec: ChildSpec) -> None:
         """Start a child, and start it again whenever it dies or cannot be started, until the node stops."""
-        pause = RESTART_FIRST_S
+        deaths = 0
         while not self._stopping.is_set():
             started = time.monotonic()
             try:
@@ -126,12 +127,11 @@ class _Supervisor:
                 status = str(error)
             if self._stopping.is_set():
                 return
-            if time.monotonic() - started > RESTART_FORGET_S:
-                pause = RESTART_FIRST_S
+            deaths = 1 if time.monotonic() - started > RESTART_FORGET_S else deaths + 1
+            pause = backoff(deaths, first=RESTART_FIRST_S, most=RESTART_MAX_S, jitter=False)
             self._log.error("child died", child=spec.name, status=status, restart_in_s=pause)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), pause)
-            pause = min(2 * pause, RESTART_MAX_S)
 
     async def _run_child(self, spec: ChildSpec) -> int:
         """Run a child to its end; its exit status."""

@@ -14,7 +14,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 import transformers
 
-__all__ = ["EXPERTS", "build"]
+__all__ = ["EXPERTS", "bits", "build"]
 
 EXPERTS = 4
 
@@ -41,6 +41,7 @@ SMALL = {
 
 MORE: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["sparse", "sparse"], "num_experts_per_tok": 2}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "diffusion_gemma": {"text_config": {"num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": 12}},
     "ernie4_5_vl_moe": {
@@ -60,6 +61,7 @@ MORE: dict[str, dict[str, Any]] = {
     "inkling2": {"vision_config": {"text_hidden_size": 16}},
     "laguna": {"num_attention_heads_per_layer": [2, 2]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mixtral": {"intermediate_size": 12},
     "mistral_large4": {"text_config": {"kv_source_layers": [0, 1]}},
     "nemotron_h": {"layers_block_type": ["full_attention", "moe"]},
     "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
@@ -76,8 +78,8 @@ CLASSES = (
 )  # fmt: skip
 
 
-def build(family: str) -> Any:
-    """A model of the family in bfloat16, every parameter and floating-point buffer random."""
+def build(family: str, seed: int = 0) -> Any:
+    """A model of the family in bfloat16, every number that is stored in a checkpoint random."""
     kind = transformers.CONFIG_MAPPING[family]
     settings = small(kind().to_dict())
     for name, value in MORE.get(family, {}).items():
@@ -85,13 +87,19 @@ def build(family: str) -> Any:
     config = kind.from_dict(settings)
     classes = [getattr(transformers, name)[kind] for name in CLASSES if kind in getattr(transformers, name)]
     chosen = classes[0][0] if isinstance(classes[0], (tuple, list)) else classes[0]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = chosen(config)
-    for tensor in (*model.parameters(), *model.buffers()):
+    stored = model.state_dict(keep_vars=True).values()  # not what is computed, such as rotary frequencies
+    for tensor in (*model.parameters(), *stored):
         if tensor.is_floating_point():
             # Biases and norms too: zeros would hide a row in the wrong place.
             tensor.data = tensor.data.bfloat16().normal_()
     return model
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor: equal for NaN and for zeros of the same sign alone."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def small(settings: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from bzstream.model import BadCheckpoint, SnapshotCache, publish
 from tests.seeds import LONG
 
-from .families import EXPERTS, build
+from .families import EXPERTS, bits, build
 
 USUAL = (
     "qwen3_vl_moe", "qwen3_moe", "deepseek_v2", "mixtral", "gpt_oss", "gemma4", "llama4_text", "nemotron_h",
@@ -52,10 +52,6 @@ GROUPS: dict[int, tuple[int, ...]] = {2: (3, 0), 0: (1, 2)}
 """The groups' experts, the same in every layer, not sorted."""
 
 model_of = cache(build)
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def same(left: torch.Tensor, right: torch.Tensor) -> bool:
