@@ -70,6 +70,9 @@ class Block:
     extrinsics: list[Extrinsic] = field(default_factory=list)
     events: bytes = b"\0"
     storage: dict[bytes, bytes] = field(default_factory=dict)
+    """As it was after the block; the head's own is `Subtensor.storage`."""
+    nonces: dict[str, int] = field(default_factory=dict)
+    parent: Block | None = None
 
 
 class Subtensor:
@@ -222,13 +225,28 @@ class Subtensor:
         known = [block.hash for block in self.blocks.values() if block.number == number]
         return known[-1] if known else hash_of(number)
 
+    def reorganise(self, depth: int) -> None:
+        """Another fork wins: the newest blocks, none of them final, are gone, and their extrinsics wait again."""
+        for _ in range(depth):
+            gone = self.head
+            if gone.parent is None or gone.number <= self.finalized:
+                break
+            del self.blocks[gone.hash]
+            self.head = gone.parent
+            self.storage, self.nonces = dict(self.head.storage), dict(self.head.nonces)
+            self.pool = [*gone.extrinsics, *self.pool]
+        self.included = [one for one in self.included if one[0] <= self.head.number]
+        self.commits = [commit for commit in self.commits if commit.block <= self.head.number]
+        self.fork += 1
+
     def mine(self, number: int) -> Block:
         """Make block `number` with everything in the pool that may go into it."""
-        self.head.storage = dict(self.storage)
-        block = Block(number, hash_of(number, self.fork))
+        self.head.storage, self.head.nonces = dict(self.storage), dict(self.nonces)
+        block = Block(number, hash_of(number, self.fork), parent=self.head)
         self.head = block
         self.blocks[block.hash] = block
         records = []
+        self.pool = [waiting for waiting in self.pool if waiting.valid_until >= number]
         for extrinsic in [waiting for waiting in self.pool if waiting.nonce == self.nonces.get(waiting.signer, 0)]:
             self.pool.remove(extrinsic)
             self.nonces[extrinsic.signer] = extrinsic.nonce + 1
