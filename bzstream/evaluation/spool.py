@@ -34,14 +34,15 @@ class Spool:
     def __init__(self, folder: Path, limit: int) -> None:
         """Raises EvaluationError when the folder cannot be made or read, or another evaluator uses it."""
         self._folder = folder
-        self._limit = limit
-        self._changed = threading.Condition()
+        self.limit = limit
+        self.changed = threading.Condition()
+        """Guards everything below; notified when room was given back."""
         self._numbers = itertools.count()
-        self._reserved: dict[SpoolEntry, int] = {}
+        self.reserved: dict[SpoolEntry, int] = {}
         """Entry -> bytes reserved for it; every entry that is open, also those that hold nothing yet."""
-        self._finished: OrderedDict[str, int] = OrderedDict()
+        self.finished: OrderedDict[str, int] = OrderedDict()
         """Submission id -> bytes of a whole file that no open entry uses; the oldest first."""
-        self._queue: list[SpoolEntry] = []
+        self.queue: list[SpoolEntry] = []
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -50,7 +51,7 @@ class Spool:
                 if path.suffix == ".part":
                     path.unlink()
                 elif path.is_file() and path.name[0] != ".":
-                    self._finished[path.name] = path.stat().st_size
+                    self.finished[path.name] = path.stat().st_size
         except BlockingIOError:
             raise EvaluationError(f"another evaluator uses the spool {folder}; run one for each device") from None
         except OSError as error:
@@ -64,84 +65,27 @@ class Spool:
 
     def open(self, submission_id: str) -> SpoolEntry:
         """A place for a job's file. The job calls `release` when it ends."""
-        with self._changed:
+        with self.changed:
             entry = SpoolEntry(self, self._folder, submission_id, next(self._numbers))
-            self._reserved[entry] = 0
+            self.reserved[entry] = 0
             return entry
 
-    def _find(self, entry: SpoolEntry) -> bool:
-        with self._changed:
-            if entry not in self._reserved or entry.submission_id not in self._finished:
-                return False
-            self._reserved[entry] = self._finished.pop(entry.submission_id)
-            entry.whole = True
-            return True
+    def make_room(self, size: int) -> bool:
+        """Remove finished files, the oldest first, until `size` more bytes fit; False when too much is in use.
 
-    def _reserve(self, entry: SpoolEntry, size: int, given_up: Callable[[], bool]) -> float | None:
-        if size > self._limit:
-            raise Failure("spool_error", f"the file has {size} bytes and the spool {self._limit}; raise spool_bytes")
-        began = time.monotonic()
-        with self._changed:
-            if self._reserved.get(entry, -1) >= size:
-                return 0.0
-            self._queue.append(entry)
-            try:
-                while entry in self._reserved and not given_up():
-                    self._reserved[entry] = 0  # two entries that waited with a part each could block each other
-                    if self._queue[0] is entry and self._make_room(size):
-                        self._reserved[entry] = size
-                        return time.monotonic() - began if entry.waiting else 0.0
-                    entry.waiting = entry.waited = True
-                    self._changed.wait(_LOOK_S)
-                return None
-            finally:
-                entry.waiting = False
-                self._queue.remove(entry)
-                self._changed.notify_all()
-
-    def _make_room(self, size: int) -> bool:
-        """Remove finished files, the oldest first, until `size` more bytes fit; False when they never will."""
-        in_use = sum(self._reserved.values()) + size
-        while in_use + sum(self._finished.values()) > self._limit:
-            if not self._finished:
+        The caller holds `changed`.
+        """
+        in_use = sum(self.reserved.values()) + size
+        while in_use + sum(self.finished.values()) > self.limit:
+            if not self.finished:
                 return False
-            oldest, _ = self._finished.popitem(last=False)
+            oldest, _ = self.finished.popitem(last=False)
             (self._folder / oldest).unlink(missing_ok=True)
         return True
 
-    def _keep(self, entry: SpoolEntry, draft: Path) -> None:
-        with self._changed:
-            try:
-                if entry not in self._reserved:  # released while its last bytes were written
-                    draft.unlink()
-                    return
-                size = draft.stat().st_size
-                draft.rename(entry.path)
-            except OSError as error:
-                raise Failure("spool_error", f"the spool cannot be written: {error.strerror}") from None
-            self._finished.pop(entry.submission_id, None)  # the rename replaced that file
-            self._reserved[entry] = size  # until now what a server announced, or could send at most, was reserved
-            entry.whole = True
-            self._changed.notify_all()
-
-    def _release(self, entry: SpoolEntry) -> None:
-        with self._changed:
-            if self._reserved.pop(entry, None) is None:
-                return
-            shared = any(e.whole and e.submission_id == entry.submission_id for e in self._reserved)
-            if entry.whole and not shared and entry.path.exists():
-                self._finished[entry.submission_id] = entry.path.stat().st_size
-            self._changed.notify_all()
-
-    def _discard(self, entry: SpoolEntry) -> None:
-        with self._changed:
-            if entry.whole:
-                entry.whole = False
-                entry.path.unlink(missing_ok=True)
-
 
 class SpoolEntry:
-    """One job's place in the spool. Made by `Spool.open`."""
+    """One job's place in the spool. Made by `Spool.open`; once it is released it holds nothing and gets nothing."""
 
     def __init__(self, spool: Spool, folder: Path, submission_id: str, number: int) -> None:
         self._spool = spool
@@ -158,18 +102,44 @@ class SpoolEntry:
 
     def find(self) -> bool:
         """Whether the whole file of an earlier job of this submission is there; it is then held by this entry."""
-        return self._spool._find(self)
+        spool = self._spool
+        with spool.changed:
+            if self in spool.reserved and self.submission_id in spool.finished:
+                spool.reserved[self] = spool.finished.pop(self.submission_id)
+                self.whole = True
+            return self.whole
 
     def reserve(self, size: int, given_up: Callable[[], bool]) -> float | None:
         """Wait for room for `size` bytes in all; seconds waited, or None when `given_up` turned true.
 
         Raises Failure `spool_error` when the spool is smaller than that.
         """
-        return self._spool._reserve(self, size, given_up)
+        spool, began = self._spool, time.monotonic()
+        if size > spool.limit:
+            raise Failure("spool_error", f"the file has {size} bytes and the spool {spool.limit}; raise spool_bytes")
+        with spool.changed:
+            if spool.reserved.get(self, -1) >= size:
+                return 0.0
+            spool.queue.append(self)
+            try:
+                while self in spool.reserved and not given_up():
+                    spool.reserved[self] = 0  # two entries that waited with a part each could block each other
+                    if spool.queue[0] is self and spool.make_room(size):
+                        spool.reserved[self] = size
+                        return time.monotonic() - began if self.waiting else 0.0
+                    self.waiting = self.waited = True
+                    spool.changed.wait(_LOOK_S)
+                return None
+            finally:
+                self.waiting = False
+                spool.queue.remove(self)
+                spool.changed.notify_all()
 
     def discard(self) -> None:
         """The whole file is not the right one: remove it. What was reserved for it stays reserved."""
-        self._spool._discard(self)
+        with self._spool.changed:
+            self.whole = False
+            self.path.unlink(missing_ok=True)
 
     def draft(self) -> Path:
         """Where the file is fetched to. A draft that is there already is removed."""
@@ -178,8 +148,28 @@ class SpoolEntry:
 
     def keep(self) -> None:
         """The draft is whole: give it its name, and back what was reserved beyond its size. Raises Failure."""
-        self._spool._keep(self, self._draft)
+        spool = self._spool
+        with spool.changed:
+            try:
+                if self not in spool.reserved:  # released while its last bytes were written
+                    self._draft.unlink()
+                    return
+                size = self._draft.stat().st_size
+                self._draft.rename(self.path)
+            except OSError as error:
+                raise Failure("spool_error", f"the spool cannot be written: {error.strerror}") from None
+            spool.finished.pop(self.submission_id, None)  # the rename replaced that file
+            spool.reserved[self] = size  # until now what a server announced, or could send at most, was reserved
+            self.whole = True
+            spool.changed.notify_all()
 
     def release(self) -> None:
         """The job has ended: its file stays while there is room for it. Releasing twice does nothing."""
-        self._spool._release(self)
+        spool = self._spool
+        with spool.changed:
+            if spool.reserved.pop(self, None) is None:
+                return
+            shared = any(entry.whole and entry.submission_id == self.submission_id for entry in spool.reserved)
+            if self.whole and not shared and self.path.exists():
+                spool.finished[self.submission_id] = self.path.stat().st_size
+            spool.changed.notify_all()

@@ -69,78 +69,62 @@ def bind(
     square_is_native: bool = True,
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> list[Binding]:
-    """Every binding of the published `tensors` in the model's `parameters` (name -> shape).
+    """Every binding of the published `tensors` to the model's `parameters` (name -> shape).
 
     `rows` maps a layer to the original index of each local row, for a slice; None for the full model. `ignored` says
     which tensors the model does without. Raises EvaluationError when a tensor has no place or its shape does not fit.
     """
+
+    def named(name: str) -> str | None:
+        return next((renamed for rename in _RENAMES if (renamed := rename(name)) in parameters), None)
+
+    def place(index: int, spec: TensorSpec) -> list[Binding]:
+        """[] when the tensor has no place."""
+        name, direct = expert_name(spec.name), named(spec.name)
+        if name is not None and name.expert is None:
+            return (
+                fused(
+                    index, spec, direct, rows=range(parameters[direct][0]) if rows is None else rows.get(name.layer, ())
+                )
+                if direct
+                else []
+            )
+        if direct is not None:
+            return [Binding(index, None, direct, None, None, False)] if parameters[direct] == spec.shape else []
+        return [] if name is None or name.expert is None else single(index, spec, name.block, name.rest, name.expert)
+
+    def fused(index: int, spec: TensorSpec, parameter: str, *, rows: Sequence[int]) -> list[Binding]:
+        experts, inner = parameters[parameter][0], parameters[parameter][1:]
+        swapped = len(inner) == 2 and spec.shape[1:] == inner[::-1]
+        if len(rows) != spec.shape[0] or any(not 0 <= expert < experts for expert in rows):
+            return []
+        if spec.shape[1:] != inner and not swapped:
+            return []
+        transposed = swapped and (inner[0] != inner[1] or not square_is_native)
+        return [Binding(index, row, parameter, expert, None, transposed) for row, expert in enumerate(rows)]
+
+    def single(index: int, spec: TensorSpec, block: str, rest: str, expert: int) -> list[Binding]:
+        fused_name, half = _SINGLE.get(rest, (None, None))
+        parameter = named(f"{block}.{fused_name}")
+        if fused_name is None or parameter is None:
+            return []
+        shape = parameters[parameter]
+        whole = shape[1:] if half is None else (shape[1] // 2, *shape[2:])
+        if spec.shape != whole or expert >= shape[0]:
+            return []
+        span = None if half is None else (half * whole[0], (half + 1) * whole[0])
+        return [Binding(index, None, parameter, expert, span, False)]
+
     bindings: list[Binding] = []
     for index, spec in enumerate(tensors):
-        found = _place(index, spec, parameters, rows, square_is_native)
-        if found is not None:
-            bindings += found
-        elif not ignored(spec.name):
+        found = place(index, spec)
+        bindings += found
+        if not found and 0 not in spec.shape and not ignored(spec.name):
             raise EvaluationError(
                 f"the model built from the config has no place for the published tensor {spec.name!r} of shape "
                 f"{list(spec.shape)}; check config.json or set evaluation.model"
             )
     return bindings
-
-
-def _place(
-    index: int,
-    spec: TensorSpec,
-    parameters: Mapping[str, Shape],
-    rows: Mapping[int, Sequence[int]] | None,
-    square_is_native: bool,
-) -> list[Binding] | None:
-    name = expert_name(spec.name)
-    if name is None or name.expert is not None:
-        direct = _named(spec.name, parameters)
-        if direct is not None:
-            return [Binding(index, None, direct, None, None, False)] if parameters[direct] == spec.shape else None
-    if name is None:
-        return None
-    if name.expert is None:
-        parameter = _named(spec.name, parameters)
-        return None if parameter is None else _fused(index, spec, parameter, parameters, rows, square_is_native)
-    fused, half = _SINGLE.get(name.rest, (None, None))
-    parameter = _named(f"{name.block}.{fused}", parameters)
-    if fused is None or parameter is None:
-        return None
-    shape = parameters[parameter]
-    whole = shape[1:] if half is None else (shape[1] // 2, *shape[2:])
-    if spec.shape != whole or name.expert >= shape[0]:
-        return None
-    span = None if half is None else (half * whole[0], (half + 1) * whole[0])
-    return [Binding(index, None, parameter, name.expert, span, False)]
-
-
-def _fused(
-    index: int,
-    spec: TensorSpec,
-    parameter: str,
-    parameters: Mapping[str, Shape],
-    rows: Mapping[int, Sequence[int]] | None,
-    square_is_native: bool,
-) -> list[Binding] | None:
-    name = expert_name(spec.name)
-    assert name is not None
-    experts, inner = parameters[parameter][0], parameters[parameter][1:]
-    originals = range(experts) if rows is None else rows.get(name.layer, ())
-    if len(originals) != spec.shape[0] or any(not 0 <= expert < experts for expert in originals):
-        return None
-    if spec.shape[1:] == inner:
-        transposed = len(inner) == 2 and inner[0] == inner[1] and not square_is_native
-    elif len(inner) == 2 and spec.shape[1:] == inner[::-1]:
-        transposed = True
-    else:
-        return None
-    return [Binding(index, row, parameter, expert, None, transposed) for row, expert in enumerate(originals)]
-
-
-def _named(name: str, parameters: Mapping[str, Shape]) -> str | None:
-    return next((renamed for rename in _RENAMES if (renamed := rename(name)) in parameters), None)
 
 
 def missing(bindings: Iterable[Binding], parameters: Mapping[str, Shape]) -> list[str]:
