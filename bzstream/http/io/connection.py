@@ -103,7 +103,7 @@ class Connection:
         "_address", "_body", "_checked", "_complete", "_empty_lines", "_ending", "_endpoint", "_eof", "_head",
         "_host", "_inbox", "_is_head", "_last", "_lead_body", "_lingered", "_moved", "_proxied", "_readable",
         "_request", "_response", "_scanned", "_started", "_taken", "_task", "_transfer", "_transport", "caller_slot",
-        "deadline", "extra_of", "fd", "over_limit", "slot", "state",
+        "deadline", "extra_of", "fd", "over_limit", "state", "timer_slot",
     )  # fmt: skip
 
     def __init__(
@@ -128,7 +128,7 @@ class Connection:
         self._ending = False
         self._eof = False
         self.deadline = inf
-        self.slot = 0
+        self.timer_slot = 0
         # Bytes received and not yet used, and how many of them were searched for the end of a head.
         self._inbox = b""
         self._scanned = 0
@@ -272,12 +272,12 @@ class Connection:
                     raise HttpError(431, "head_too_large", f"A request head has at most {settings.max_head} bytes.")
                 if end > 0:
                     head, self._inbox, self._scanned = self._inbox[:end], self._inbox[end:], 0
-                    host.limits.work(self)
+                    host.limits.mark_busy(self)
                     self._begin(head)
                     return
                 self._scanned = len(self._inbox)
                 if not begun:
-                    host.limits.wait(self)
+                    host.limits.mark_waiting(self)
                     self._set_deadline(settings.head_timeout_s)
             if not self._fill():
                 break
@@ -432,7 +432,7 @@ class Connection:
         self._report()
         last = self._last or host.draining
         self._forget_request()
-        host.limits.wait(self)
+        host.limits.mark_waiting(self)
         if self._proxied:
             host.limits.release(self)
         if last:

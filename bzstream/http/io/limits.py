@@ -2,9 +2,8 @@
 
 A connection counts for its peer address from the moment it is accepted, and for another caller once a request proves
 one. Beyond the limit of a caller a few more are held, so that they can be told 429, or prove that they belong to
-another caller. Whoever stays silent is the first to go: of the connections that wait for a request, the one that has
-waited longest is closed when a new one finds no room. Behind a trusted proxy a connection counts for nobody between
-requests, because the proxy uses it for everyone.
+another caller. When a new connection finds no room, the one that has waited longest for a request is closed. Behind a
+trusted proxy a connection counts for nobody between requests, because the proxy uses it for everyone.
 
 Pure bookkeeping, for the event loop's thread; the server opens and closes the connections.
 """
@@ -52,7 +51,7 @@ class ConnectionLimits(Generic[C]):
         """Whether no connection is counted any more."""
         return not (self._slots or self._extras or self._waiting)
 
-    def gives_way(self, caller: str | None, open_now: int) -> C | None:
+    def connection_to_close(self, caller: str | None, open_now: int) -> C | None:
         """The connection to close before another one of `caller` is accepted; None for none.
 
         `caller` is None behind a trusted proxy; `open_now` counts the worker's connections.
@@ -66,19 +65,19 @@ class ConnectionLimits(Generic[C]):
         """Whether one more can be accepted, if only to be refused in proper form."""
         return open_now < self.most + RESERVE and not self._is_crowded(caller)
 
-    def enter(self, connection: C, caller: str | None) -> None:
+    def add(self, connection: C, caller: str | None) -> None:
         """Count a connection that was accepted; it waits for its first request."""
         if caller is not None and not self.take_slot(connection, caller):
             connection.extra_of = caller
             self._extras.setdefault(caller, OrderedDict())[connection] = None
         self._waiting[connection] = None
 
-    def wait(self, connection: C) -> None:
+    def mark_waiting(self, connection: C) -> None:
         """It waits for a request, or for the rest of one, from now on."""
         self._waiting[connection] = None
         self._waiting.move_to_end(connection)
 
-    def work(self, connection: C) -> None:
+    def mark_busy(self, connection: C) -> None:
         """A request of it is under way, so it gives way to nobody."""
         self._waiting.pop(connection, None)
 
@@ -106,10 +105,10 @@ class ConnectionLimits(Generic[C]):
             if not self._extras[caller]:
                 del self._extras[caller]
 
-    def leave(self, connection: C) -> None:
+    def remove(self, connection: C) -> None:
         """Forget a connection that is closed."""
         self.release(connection)
-        self.work(connection)
+        self.mark_busy(connection)
 
     def _is_crowded(self, caller: str | None) -> bool:
         if caller is None or self._slots.get(caller, 0) < self.most_per_caller:

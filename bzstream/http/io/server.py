@@ -161,12 +161,12 @@ class Server:
         return bool(self._pending_events or self._expired or self._resumed)
 
     def attach(self, transport: Transport, fd: int, address: str) -> Connection:
-        """Serve a connection; whoever attaches it tells it of its events. `address`: its peer."""
+        """Serve a connection; the caller tells it of its events. `address`: its peer."""
         proxied = address in self.proxies
         over_limit = len(self._connections) >= self.settings.max_connections
         connection = Connection(self, transport, fd, address, proxied=proxied, over_limit=over_limit)
         self._connections[fd] = connection
-        self.limits.enter(connection, None if proxied else caller_of(address))
+        self.limits.add(connection, None if proxied else caller_of(address))
         return connection
 
     async def drain(self, timeout_s: float | None = None) -> bool:
@@ -249,10 +249,10 @@ class Server:
         return task
 
     def forget(self, connection: Connection) -> None:
-        """A connection is closing: nobody shall come back to it."""
+        """A connection is closing: take it off every list."""
         del self._connections[connection.fd]
         self.timers.disarm(connection)
-        self.limits.leave(connection)
+        self.limits.remove(connection)
         if not self._connections:
             self._emptied.set()
 
@@ -283,7 +283,7 @@ class Server:
             if self.clock() >= deadline:
                 break
         # Many deadlines may expire at once, and many connections may have more to do. Those with events do not wait
-        # for them; of each kind at least one has its turn.
+        # for them; of each kind at least one is served in a turn.
         while self._expired:
             self._expired.popleft().on_deadline(self.clock())
             if self.clock() >= deadline:
@@ -348,7 +348,7 @@ class Server:
     def _adopt(self, sock: socket.socket, address: str) -> None:
         """Serve an accepted socket, if there is room for it."""
         caller = None if address in self.proxies else caller_of(address)
-        if (other := self.limits.gives_way(caller, len(self._connections))) is not None:
+        if (other := self.limits.connection_to_close(caller, len(self._connections))) is not None:
             other.close()
         if not self.limits.has_room(caller, len(self._connections)):
             sock.close()

@@ -15,10 +15,10 @@ __all__ = ["Timed", "TimerWheel"]
 
 
 class Timed(Protocol):
-    """An item of the wheel, which reads `deadline` (monotonic seconds, or inf) and owns `slot` (0: not armed)."""
+    """An item of the wheel, which reads `deadline` (monotonic seconds, or inf) and owns `timer_slot` (0: not armed)."""
 
     deadline: float
-    slot: int
+    timer_slot: int
 
 
 class TimerWheel:
@@ -41,17 +41,17 @@ class TimerWheel:
             return
         slot = max(self._next, ceil(item.deadline / self._tick))
         # A nearer slot looks at the deadline again, and moves the item on.
-        if item.slot and item.slot <= slot:
+        if item.timer_slot and item.timer_slot <= slot:
             return
         self.disarm(item)
-        item.slot = slot
+        item.timer_slot = slot
         self._slots.setdefault(slot, set()).add(item)
 
     def disarm(self, item: Timed) -> None:
         """Forget an item, armed or not."""
-        if item.slot:
-            self._slots[item.slot].discard(item)
-            item.slot = 0
+        if item.timer_slot:
+            self._slots[item.timer_slot].discard(item)
+            item.timer_slot = 0
 
     def due(self, now: float) -> list[Timed]:
         """Items whose deadline has passed, each once; they are disarmed."""
@@ -60,7 +60,7 @@ class TimerWheel:
             items = self._slots.pop(self._next, ())
             self._next += 1
             for item in items:
-                item.slot = 0
+                item.timer_slot = 0
                 if item.deadline <= now:
                     late.append(item)
                 else:

@@ -126,7 +126,7 @@ class TlsTransport:
         try:
             sent = self._tls.send(piece)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError, BlockingIOError):
-            # A copy: what a sender keeps of an answer may be cut elsewhere by then.
+            # A copy: the caller may have cut its own differently by then.
             self._retry = bytes(piece)
             return 0
         self._retry = b""

@@ -3,7 +3,7 @@
 Every call does what can be done at once; `sendfile` alone can be told to wait a little for room. Being unable to is an
 ordinary result, not an error: `recv` says None, `send` says 0, `sendfile` says None. A connection that is gone is an
 OSError from any of them. `recv`, `close_write` and `close` are for the event loop's thread; the methods of `Outgoing`
-are for whoever sends: the event loop for short responses, a sending thread for long ones.
+are for the thread that sends: the event loop's for short responses, a sending thread for long ones.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Joined:
 
 
 def byteranges(payload: Payload, spans: list[Span], content_type: str, boundary: str) -> Joined:
-    """The body of a multipart/byteranges answer (RFC 9110 14.6): `spans` of `payload`, each with its own head."""
+    """The body of a multipart/byteranges response (RFC 9110 14.6): `spans` of `payload`, each with its own head."""
     size = len(payload)
     pieces: list[Payload] = []
     lead = ""

@@ -23,7 +23,7 @@ _ONE_TAG = re.compile(_TAG)
 
 
 def evaluate(headers: Headers, etag: str, last_modified: int, now: int) -> Literal[304, 412] | None:
-    """What a GET or HEAD of this representation must be answered instead of itself, or None to go on.
+    """The status that the request's conditions call for instead of the representation, or None to go on.
 
     `etag` is strong and quoted; `last_modified` and `now` are epoch seconds.
     """

@@ -148,10 +148,10 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Representation:
-    """The selected representation of a GET or HEAD; the core answers 200, 206, 304, 412 or 416 from it.
+    """The selected representation of a GET or HEAD; the response is 200, 206, 304, 412 or 416.
 
-    The core holds the payload's files from the moment it gets the representation until the last byte is sent or the
-    connection is gone, so whoever returns one needs only to hold them until it returned.
+    The server holds the payload's files from the moment it gets the representation until the last byte is sent or the
+    connection is gone. A handler needs to hold them only until it returns.
     """
 
     payload: Payload
@@ -176,7 +176,7 @@ def _unchecked(request: Request) -> Request:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """What answers a route, in two halves; the core applies its limits (429, 503) between them.
+    """What handles the requests of a route, in two halves; the server applies its limits (429, 503) between them.
 
     `check` sees the head alone. It makes the cheap checks that come before the limits in the order of checks (400 for
     headers and query, 403), and returns whatever `handle` needs. It runs on the event loop and must not block.

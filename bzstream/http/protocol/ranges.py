@@ -7,7 +7,7 @@
     suffix-range     = "-" suffix-length
 
 A field that does not follow this grammar, or whose last-pos is before its first-pos, is as good as absent (14.2), and
-so is one that names more than `MAX_RANGES` ranges: nobody needs them, and each costs a part of its own.
+so is one that names more than `MAX_RANGES` ranges: no client needs them, and each costs a part of its own.
 """
 
 from __future__ import annotations

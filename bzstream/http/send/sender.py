@@ -8,8 +8,8 @@ nor a thousand of them, makes a request wait. Whose turn it is, and for how many
 There are two ways to send (`strategies.py`). Usually `SHARED_THREADS` threads take turns of one quantum. While there
 are few transfers, all of one caller or each of another, turns change nothing. Each transfer has a thread to itself
 then, which waits in the kernel for the reader: at 8 downloads that is worth a quarter more bytes a second, and a fifth
-of the CPU time. Such a thread first gives its place among the shared ones to another thread, so that whoever comes is
-served at once.
+of the CPU time. Such a thread first gives its place among the shared ones to another thread, so that a new
+transfer is served at once.
 
 Which thread may do what:
 - `begin`, `drop`, `close`, `active` and the callbacks to owners: the event loop's thread.

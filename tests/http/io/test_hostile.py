@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from bzstream.http import HttpError
 from bzstream.http.io.limits import EXTRA_PER_CALLER, ConnectionLimits
 from bzstream.http.protocol.request_parser import find_head, parse_head
+from tests.http.corpus import HEADS
 from tests.http.support import AUTH, Client, Running, wait_until
 from tests.seeds import LONG, seeds
 
@@ -35,35 +36,6 @@ def cpu_of_head(head: bytes) -> float:
         if least < MOST_S:
             break
     return least
-
-
-SPACES = b" " * 16_200
-HEADS = {
-    **{
-        f"{name}: spaces and {byte:#04x} {where}": shape % (SPACES + bytes([byte]))
-        for byte in (0x00, 0x01, 0x0B, 0x0C, 0x1C, 0x7F, 0x0D)
-        for where, name, shape in (
-            ("in a value", "value", b"GET / HTTP/1.1\r\nHost: a\r\nA:%bx\r\n\r\n"),
-            ("in a name", "name", b"GET / HTTP/1.1\r\nHost: a\r\nA%bx: a\r\n\r\n"),
-            ("in the target", "target", b"GET /%b HTTP/1.1\r\nHost: a\r\n\r\n"),
-            ("in the host", "host", b"GET / HTTP/1.1\r\nHost: %b\r\n\r\n"),
-        )
-    },
-    "words and spaces before NUL": b"GET / HTTP/1.1\r\nHost: a\r\nA: " + b"a  " * 5000 + b"\0\r\n\r\n",
-    "tabs and spaces": b"GET / HTTP/1.1\r\nHost: a\r\nA: " + b" \t" * 8000 + b"\r\n\r\n",
-    "a long authority and a fragment": b"GET http://" + b"a" * 16_000 + b"# HTTP/1.1\r\nHost: a\r\n\r\n",
-    "a long query and a fragment": b"GET http://a/" + b"?" * 16_000 + b"# HTTP/1.1\r\nHost: a\r\n\r\n",
-    "a host of colons": b"GET / HTTP/1.1\r\nHost: " + b"a:1" * 5000 + b"\r\n\r\n",
-    "a host of escapes": b"GET / HTTP/1.1\r\nHost: " + b"%41" * 5000 + b"%\r\n\r\n",
-    "a long length": b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: " + b"9" * 16_000 + b"\r\n\r\n",
-    "many lengths": b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: " + b"5," * 8000 + b"5\r\n\r\n",
-    "many short fields": b"GET / HTTP/1.1\r\nHost: a\r\n" + b"a:\r\n" * 4000 + b"\r\n",
-    "a hundred long fields": b"GET / HTTP/1.1\r\nHost: a\r\n" + (b"a:" + b" " * 155 + b"\r\n") * 99 + b"\r\n",
-    "many connection options": b"GET / HTTP/1.1\r\nHost: a\r\nConnection: " + b"," * 16_000 + b"\r\n\r\n",
-    "only line ends": b"\r\n" * 8000,
-    "no end": b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 2700,
-    "carriage returns": b"GET / HTTP/1.1\r\nHost: a\r\nA: " + b"\r" * 16_000 + b"\r\n\r\n",
-}
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -143,18 +115,18 @@ class Worker:
         self.held: list[Held] = []
 
     def accept(self, caller: str | None) -> Held | None:
-        if (other := self.limits.gives_way(caller, len(self.held))) is not None:
+        if (other := self.limits.connection_to_close(caller, len(self.held))) is not None:
             self.close(other)
         if not self.limits.has_room(caller, len(self.held)):
             return None
         self.held.append(Held())
-        self.limits.enter(self.held[-1], caller)
+        self.limits.add(self.held[-1], caller)
         return self.held[-1]
 
     def close(self, connection: Held) -> None:
         connection.closed = True
         self.held.remove(connection)
-        self.limits.leave(connection)
+        self.limits.remove(connection)
 
 
 def test_a_caller_holds_its_places_and_a_few_to_be_told() -> None:
@@ -188,11 +160,11 @@ def test_when_the_worker_is_full_who_waited_longest_gives_way() -> None:
     assert first is not None
     assert second is not None
     assert third is not None
-    worker.limits.work(first)
-    worker.limits.wait(second)
+    worker.limits.mark_busy(first)
+    worker.limits.mark_waiting(second)
     assert worker.accept("d") is not None
     assert third.closed, "the second has moved since, the first is at work"
-    worker.limits.wait(first)
+    worker.limits.mark_waiting(first)
     assert worker.accept("e") is not None
     assert second.closed
     assert not first.closed
@@ -202,7 +174,7 @@ def test_when_nobody_waits_some_are_held_to_be_told() -> None:
     worker = Worker(2, 1000)
     for _ in range(600):
         if (one := worker.accept("a")) is not None:
-            worker.limits.work(one)
+            worker.limits.mark_busy(one)
     assert len(worker.held) == 2 + 256
 
 

@@ -14,7 +14,7 @@ from bzstream.http.io.timers import TimerWheel
 @dataclass(eq=False)
 class Item:
     deadline: float
-    slot: int = 0
+    timer_slot: int = 0
 
 
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=30), st.sampled_from([0.25, 1.0, 3.0]))
