@@ -109,4 +109,10 @@ def running_node(
         wait=wait,
         **options,
     ) as running:
-        yield Node(**vars(running), validator=validator, validator_token=validator_token)
+        values = {name: value for name, value in vars(running).items() if name != "process"}
+        node = Node(**values, validator=validator, validator_token=validator_token)
+        node.process = running.process
+        try:
+            yield node
+        finally:
+            running.process = node.process  # a successor's, perhaps

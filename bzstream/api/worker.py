@@ -50,23 +50,30 @@ log = structlog.get_logger("worker")
 
 
 async def run(
-    settings: Settings, listener: socket.socket, stop: asyncio.Event, changes: asyncio.Queue[Settings]
+    settings: Settings,
+    listeners: list[socket.socket],
+    stop: asyncio.Event,
+    changes: asyncio.Queue[Settings],
+    *,
+    ready: Callable[[], object],
+    outlived: asyncio.Event,
 ) -> None:
-    """Serve `listener` until `stop`, then drain. `changes` brings settings that were read again.
+    """Serve `listeners` until `stop`, then drain. `changes` brings settings that were read again.
 
-    Raises BzstreamError when the worker cannot start.
+    `ready` is called when the worker serves. `outlived` is set when others accept connections on the same sockets after
+    the stop: then nobody who is connected is refused. Raises BzstreamError when the worker cannot start.
     """
     state = WorkerState(
         settings=settings,
         snapshots=SnapshotCache(settings.store_path(), warn=_warn),
         access=AccessFiles(settings.auth, _warn),
         ledger=None,
-        loopback=ip_address(listener.getsockname()[0]).is_loopback,
+        loopback=ip_address(listeners[0].getsockname()[0]).is_loopback,
     )
     telemetry = Telemetry()
     server = Server(settings.http, Api(state), telemetry)
     await _refresh_snapshots(state)
-    server.start([listener])
+    server.start(listeners)
     gc.freeze()  # what has come so far stays to the end: full collections need not walk it
     pollers = [
         asyncio.create_task(_every(POLL_S, lambda: _refresh_snapshots(state))),
@@ -76,13 +83,14 @@ async def run(
         asyncio.create_task(_apply(changes, state, server, telemetry)),
     ]
     log.info("ready")
+    ready()
     stopped: asyncio.Future[object] = asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait([stopped, server.failure], return_when=asyncio.FIRST_COMPLETED)
         if server.failure.done():
             raise BzstreamError("the worker can send no more; its supervisor starts another")
-        state.draining = True
-        await server.drain(settings.http.drain_s)
+        state.draining = not outlived.is_set()
+        await server.drain(settings.http.drain_s, outlived=outlived.is_set())
     finally:
         stopped.cancel()
         for poller in pollers:

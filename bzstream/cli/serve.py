@@ -34,6 +34,10 @@ def serve(
     tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate chain; with --tls-key serves HTTPS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="PEM private key.")] = None,
     metrics_port: Annotated[int | None, typer.Option(help="Serve Prometheus /metrics on this port.")] = None,
+    take_over: Annotated[
+        Path | None,
+        typer.Option(metavar="SOCKET", help="Succeed the node that listens on this Unix socket, if any; listen there."),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Find what would keep the node from running, then exit with 0 or 1.")
     ] = False,
@@ -61,7 +65,7 @@ def serve(
     }
 
     roles: frozenset[Role] = frozenset(r.value for r in role) if role else frozenset(("http", "chain", "evaluator"))
-    status = node.serve(roles, functools.partial(settings_of, config, flags), check_only=check)
+    status = node.serve(roles, functools.partial(settings_of, config, flags), take_over=take_over, check_only=check)
     if check:
         print("nothing keeps this node from running")
     sys.exit(status)

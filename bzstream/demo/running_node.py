@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +54,29 @@ class RunningNode:
     """A running `bzstream serve`."""
 
     folder: Path
-    """Where its chain file, tokens and log lie."""
+    """Where its chain file and tokens lie."""
+    log_file: Path
     store: Path
     port: int
-    process: subprocess.Popen[bytes]
     token: str
     """The shared token."""
     validators: tuple[str, ...] = ()
     """Hotkeys that the chain lists as validators."""
     trusted: str | None = None
     """The certificate (PEM, for `localhost`) of a node that speaks TLS."""
+    command: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    inherit: tuple[int, ...] = ()
+    """Descriptors that its process gets."""
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start the same command once more, as a node's successor is; from now on that is `process`."""
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command, env=dict(self.environment), stdout=log, stderr=log, pass_fds=self.inherit
+            )
+        return self.process
 
     @property
     def url(self) -> str:
@@ -107,12 +120,8 @@ class RunningNode:
         write_chain(self.folder, block, **{"validators": self.validators, **more})
 
     @property
-    def log_file(self) -> Path:
-        return self.folder / f"node-{self.port}.log"
-
-    @property
     def tokens_file(self) -> Path:
-        return self.folder / f"tokens-{self.port}.toml"
+        return Path(self.environment["BZ_TOKENS_FILE"])
 
     def log(self) -> str:
         return self.log_file.read_text(encoding="utf-8", errors="replace")
@@ -148,6 +157,7 @@ def running_node(
     evaluator: bool = False,
     trusted: str | None = None,
     command: Sequence[str] = (sys.executable, "-m", "bzstream"),
+    inherit: tuple[int, ...] = (),
     wait: bool = True,
 ) -> Iterator[RunningNode]:
     """Serve `store` (default: `folder`/store) until the block ends, on a free port, with a simulated chain.
@@ -166,25 +176,30 @@ def running_node(
     words = ["serve", "--store", str(store), "--port", str(port), "--chain-file", str(chain)]
     if not evaluator:
         words.append("--no-evaluator")
-    with (folder / f"node-{port}.log").open("wb") as log:
-        process = subprocess.Popen(
-            [*command, *words, *arguments],
-            env={**clean_environment(), **own, **(environment or {})},
-            stdout=log,
-            stderr=log,
-        )
-    node = RunningNode(folder, store, port, process, token, tuple(validators), trusted)
+    node = RunningNode(
+        folder,
+        folder / f"node-{port}.log",
+        store,
+        port,
+        token,
+        tuple(validators),
+        trusted,
+        (*command, *words, *arguments),
+        {**clean_environment(), **own, **(environment or {})},
+        inherit,
+    )
+    node.start()
     try:
         if wait:
             node.wait_until_healthy()
         yield node
     finally:
-        process.terminate()
+        node.process.terminate()
         try:
-            process.wait(STOP_S)
+            node.process.wait(STOP_S)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            node.process.kill()
+            node.process.wait()
             raise NodeFailed(f"the node did not end within {STOP_S:.0f} s of SIGTERM: {node.log()[-500:]}") from None
 
 

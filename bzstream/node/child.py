@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+from functools import partial
 from typing import Literal
 
 import msgspec
@@ -41,8 +42,10 @@ class ChildSpec(msgspec.Struct, frozen=True):
     role: Role
     index: int
     settings: Settings
-    listen_fd: int | None = None
-    """For an HTTP worker: the inherited descriptor of its listening socket."""
+    listen_fds: tuple[int, ...] = ()
+    """For an HTTP worker: the inherited descriptors of its listening sockets."""
+    ready_fd: int | None = None
+    """For an HTTP worker: a pipe into which it writes its index when it serves."""
     device: str | None = None
     """For an evaluator: the torch device."""
 
@@ -70,16 +73,25 @@ def main() -> None:
 
 
 async def _live(spec: ChildSpec) -> None:
-    """Run the role until SIGTERM; end the process at once when the supervisor's end of the pipe closes."""
-    stop = asyncio.Event()
+    """Run the role until SIGTERM, or SIGUSR1 when others serve on the same sockets from then on.
+
+    Ends the process at once when the supervisor's end of the pipe closes.
+    """
+    stop, outlived = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
+
+    def stop_outlived() -> None:
+        outlived.set()
+        stop.set()
+
+    loop.add_signal_handler(signal.SIGUSR1, stop_outlived)
     parent_pipe = asyncio.StreamReader(limit=1024 * 1024)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(parent_pipe), sys.stdin)
     changes: asyncio.Queue[Settings] = asyncio.Queue()
     reading = asyncio.create_task(_read_parent_pipe(parent_pipe, changes, spec))
     try:
-        await _run_role(spec, stop, changes)
+        await _run_role(spec, stop, outlived, changes)
     finally:
         reading.cancel()
 
@@ -92,13 +104,21 @@ async def _read_parent_pipe(pipe: asyncio.StreamReader, changes: asyncio.Queue[S
     os._exit(0)  # draining would serve nobody: the supervisor is gone, and its successor has the port
 
 
-async def _run_role(spec: ChildSpec, stop: asyncio.Event, changes: asyncio.Queue[Settings]) -> None:
+def _tell_ready(spec: ChildSpec) -> None:
+    if spec.ready_fd is not None:
+        os.write(spec.ready_fd, bytes([spec.index % 256]))
+        os.close(spec.ready_fd)
+
+
+async def _run_role(
+    spec: ChildSpec, stop: asyncio.Event, outlived: asyncio.Event, changes: asyncio.Queue[Settings]
+) -> None:
     settings = spec.settings
     if spec.role == "http":
         from bzstream.api import worker
 
-        assert spec.listen_fd is not None
-        await worker.run(settings, socket.socket(fileno=spec.listen_fd), stop, changes)
+        listeners = [socket.socket(fileno=fd) for fd in spec.listen_fds]
+        await worker.run(settings, listeners, stop, changes, ready=partial(_tell_ready, spec), outlived=outlived)
     elif spec.role == "chain":
         from bzstream.chain import role as chain_role
         from bzstream.model.store import Store

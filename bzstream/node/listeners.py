@@ -10,7 +10,7 @@ import socket
 from bzstream.config import HttpSettings
 from bzstream.node.errors import NodeError
 
-__all__ = ["open_listeners"]
+__all__ = ["check_address", "open_listeners"]
 
 
 def open_listeners(settings: HttpSettings) -> list[socket.socket]:
@@ -41,3 +41,11 @@ def open_listeners(settings: HttpSettings) -> list[socket.socket]:
     except OSError as error:
         raise NodeError(f"cannot listen on {host} port {port}: {error.strerror}; choose another --port") from None
     return listeners
+
+
+def check_address(listeners: list[socket.socket], settings: HttpSettings) -> None:
+    """Raise NodeError unless inherited sockets listen on the port of the settings (0: whichever it is)."""
+    for listener in listeners:
+        port = listener.getsockname()[1]
+        if settings.port not in (0, port):
+            raise NodeError(f"the node to take over from listens on port {port}; give --port {port}, or stop it first")

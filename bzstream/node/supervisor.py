@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -28,8 +28,9 @@ from bzstream.node import metrics_folder
 from bzstream.node.checks import check
 from bzstream.node.child import ChildSpec, Role
 from bzstream.node.errors import NodeError
-from bzstream.node.listeners import open_listeners
+from bzstream.node.listeners import check_address, open_listeners
 from bzstream.node.metrics_folder import MetricsFolder
+from bzstream.node.succession import Predecessor, SuccessionSocket, inherited_from_systemd, predecessor_at
 from bzstream.util.backoff import backoff
 
 __all__ = ["serve"]
@@ -38,14 +39,24 @@ RESTART_FIRST_S, RESTART_MAX_S, RESTART_FORGET_S = 0.25, 30.0, 60.0
 """A child that died starts again after 0.25 s, and each time twice as late, up to 30 s. After a child has lived for a
 minute the next pause is 0.25 s again."""
 
+READY_S = 120.0
+"""How long the HTTP workers of a successor may take until they serve; then it gives up."""
+
 KILL_GRACE_S = 5.0
 """How long a child may take to end after `http.drain_s` has passed; then it is killed."""
 
 
-def serve(roles: frozenset[Role], load_settings: Callable[[], Settings], *, check_only: bool = False) -> int:
+def serve(
+    roles: frozenset[Role],
+    load_settings: Callable[[], Settings],
+    *,
+    take_over: Path | None = None,
+    check_only: bool = False,
+) -> int:
     """Run the roles until SIGTERM or SIGINT; returns the exit status for the shell.
 
-    `load_settings` is called now and at each SIGHUP. `check_only`: find what would keep the node from running, and run
+    `load_settings` is called now and at each SIGHUP. `take_over`: the Unix socket at which this node succeeds the one
+    that listens there and can be succeeded itself. `check_only`: find what would keep the node from running, and run
     nothing. Raises BzstreamError before anything was started.
     """
     settings = load_settings()
@@ -53,7 +64,15 @@ def serve(roles: frozenset[Role], load_settings: Callable[[], Settings], *, chec
     roles = check(settings, roles)
     os.environ.pop(metrics_folder.VARIABLE, None)
     with contextlib.ExitStack() as stack:
-        listeners = open_listeners(settings.http) if "http" in roles else []
+        predecessor = None if take_over is None else predecessor_at(take_over)
+        listeners = inherited_from_systemd()
+        outlived = bool(listeners)  # systemd goes on listening when this node ends
+        if predecessor is not None:
+            stack.callback(predecessor.close)
+            listeners = predecessor.listeners
+            check_address(listeners, settings.http)
+        elif "http" in roles and not listeners:
+            listeners = open_listeners(settings.http)
         for listener in listeners:
             stack.callback(listener.close)
         counters = None if settings.metrics.port is None else MetricsFolder()
@@ -62,7 +81,9 @@ def serve(roles: frozenset[Role], load_settings: Callable[[], Settings], *, chec
             counters.ensure()
         if check_only:
             return 0
-        return asyncio.run(_Supervisor(settings, roles, load_settings, listeners, counters).run())
+        supervisor = _Supervisor(settings, roles, load_settings, listeners, counters)
+        succession = None if take_over is None else SuccessionSocket(take_over)
+        return asyncio.run(supervisor.run(predecessor, succession, outlived=outlived))
 
 
 class _Supervisor:
@@ -80,37 +101,86 @@ class _Supervisor:
         self._listeners = listeners
         self._counters = counters
         self._processes: dict[str, asyncio.subprocess.Process] = {}
+        self._ready_workers: set[int] = set()
+        self._ready_reader, self._ready_writer = os.pipe()
+        self._all_ready = asyncio.Event()
         self._stopping = asyncio.Event()
         self._force_exit = asyncio.Event()
         self._log = structlog.get_logger("supervisor")
 
-    async def run(self) -> int:
+    async def run(self, predecessor: Predecessor | None, succession: SuccessionSocket | None, *, outlived: bool) -> int:
+        """Run to the end. `outlived`: somebody else holds the listening sockets and goes on when this node ends."""
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._stop)
         loop.add_signal_handler(signal.SIGINT, self._stop)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
+        loop.add_reader(self._ready_reader, self._note_ready)
+        workers = [asyncio.create_task(self._monitor(spec)) for spec in self._http_workers()]
+        if predecessor is not None:
+            await self._first(self._all_ready.wait(), self._stopping.wait(), seconds=READY_S)
+            if not self._all_ready.is_set():
+                self._log.error("the workers were not ready in time; the node before this one goes on", seconds=READY_S)
+                self._stopping.set()
+                self._signal_children(signal.SIGKILL)
+                await asyncio.wait(workers)
+                return 1
+            await predecessor.step_down()
         metrics = self._serve_metrics()
-        monitors = [asyncio.create_task(self._monitor(spec)) for spec in self._children()]
+        others = [asyncio.create_task(self._monitor(spec)) for spec in self._other_roles()]
         if self._listeners:
             host, port = self._listeners[0].getsockname()[:2]
-            self._log.info("serving", host=host, port=port, workers=len(self._listeners), pid=os.getpid())
-        await self._stopping.wait()
-        for listener in self._listeners:  # with the workers' own copies closed too, new connections are refused
+            self._log.info("serving", host=host, port=port, workers=len(workers), pid=os.getpid())
+        successor = None
+        if succession is None:
+            await self._stopping.wait()
+        else:
+            succession.take_place()
+            asking = asyncio.create_task(succession.successor(self._listeners))
+            await self._first(asking, self._stopping.wait())
+            successor = asking.result() if asking.done() else None
+            succession.close(succeeded=successor is not None)
+            self._stopping.set()
+        for listener in self._listeners:  # once the workers' own copies are closed too, new connections are refused
             listener.close()
-        self._signal_children(signal.SIGTERM)
-        await self._end(monitors)
         if metrics is not None:
             await metrics.close()
+        self._signal_children(signal.SIGTERM, "chain", "evaluator")
+        self._signal_children(signal.SIGUSR1 if successor or outlived else signal.SIGTERM, "http")
+        if successor is not None:
+            self._log.info("succeeded by another node")
+            await self._end(others, KILL_GRACE_S)
+            await SuccessionSocket.report_end(successor)
+        await self._end([*workers, *others], self._settings.http.drain_s + KILL_GRACE_S)
         return 0
 
-    def _children(self) -> list[ChildSpec]:
+    @staticmethod
+    async def _first(*waits: Awaitable[object], seconds: float | None = None) -> None:
+        """Wait until one of them is done, or for so long; the others are cancelled."""
+        tasks = [asyncio.ensure_future(wait) for wait in waits]
+        _, left = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        for task in left:
+            task.cancel()
+
+    def _note_ready(self) -> None:
+        self._ready_workers.update(os.read(self._ready_reader, 4096))
+        if len(self._ready_workers) == self._settings.http.workers:
+            self._all_ready.set()
+
+    def _http_workers(self) -> list[ChildSpec]:
+        """One for each listener that was opened here; of inherited listeners each worker has its share."""
+        if not self._listeners:
+            return []
+        fds, count = [listener.fileno() for listener in self._listeners], self._settings.http.workers
+        shares = [tuple(fds[i::count]) or (fds[i % len(fds)],) for i in range(count)]
+        return [
+            ChildSpec("http", i, self._settings, listen_fds=share, ready_fd=self._ready_writer)
+            for i, share in enumerate(shares)
+        ]
+
+    def _other_roles(self) -> list[ChildSpec]:
         children: list[ChildSpec] = []
         if "chain" in self._roles:
             children.append(ChildSpec("chain", 0, self._settings))
-        for index, listener in enumerate(self._listeners):
-            children.append(ChildSpec("http", index, self._settings, listen_fd=listener.fileno()))
-        if self._listeners and self._settings.coding.enabled:
-            children.append(ChildSpec("coding", 0, self._settings))
         if "evaluator" in self._roles:
             devices = [self._settings.evaluation.device] if self._settings.evaluation.device else gpus() or ["cpu"]
             children += [ChildSpec("evaluator", i, self._settings, device=device) for i, device in enumerate(devices)]
@@ -149,7 +219,7 @@ class _Supervisor:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "bzstream.node", spec.role),
             stdin=asyncio.subprocess.PIPE,
-            pass_fds=() if spec.listen_fd is None else (spec.listen_fd,),
+            pass_fds=(*spec.listen_fds, *(() if spec.ready_fd is None else (spec.ready_fd,))),
         )
         self._send(process, msgspec.structs.replace(spec, settings=self._settings))
         return process
@@ -175,18 +245,19 @@ class _Supervisor:
             self._send(process, self._settings)
         self._log.info("settings reloaded")
 
-    def _signal_children(self, number: signal.Signals) -> None:
-        for process in self._processes.values():
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(number)
+    def _signal_children(self, number: signal.Signals, *roles: Role) -> None:
+        """Send a signal to the children of these roles, by default to all."""
+        for name, process in self._processes.items():
+            if not roles or name.startswith(roles):
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(number)
 
-    async def _end(self, monitors: list[asyncio.Task[None]]) -> None:
-        """Wait for the children to drain; kill what is left at the deadline, or at a second signal."""
+    async def _end(self, monitors: list[asyncio.Task[None]], grace: float) -> None:
+        """Wait for the children of these monitors; at the deadline, or at a second signal, kill what is left of all."""
+        if not monitors:
+            return
         all_ended = asyncio.ensure_future(asyncio.wait(monitors))
-        forced = asyncio.ensure_future(self._force_exit.wait())
-        grace = self._settings.http.drain_s + KILL_GRACE_S
-        await asyncio.wait([all_ended, forced], timeout=grace, return_when=asyncio.FIRST_COMPLETED)
-        forced.cancel()
+        await self._first(asyncio.shield(all_ended), self._force_exit.wait(), seconds=grace)
         if not all_ended.done():
             self._signal_children(signal.SIGKILL)
         await all_ended

@@ -48,6 +48,8 @@ _PAUSE_S = 0.2
 _TICK_S = 0.01
 _OTHER_DESCRIPTORS = 1024
 """Unit files of the snapshots, databases, pipes."""
+OUTLIVED_IDLE_S = 5.0
+"""A client that sends requests one after the other has sent its next one by then; others connect anew."""
 _RETRY_AFTER = (("Retry-After", "1"),)
 
 
@@ -90,6 +92,7 @@ class Server:
         self.clock = clock
         self.proxies = TrustedProxies(settings.trusted_proxies)
         self.draining = False
+        self._outlived = False
         self._certificate: Certificate | None = None
         if settings.tls_cert is not None or settings.tls_key is not None:
             self._certificate = Certificate(settings.tls_cert or "", settings.tls_key or "")
@@ -169,21 +172,30 @@ class Server:
         self.limits.add(connection, None if proxied else caller_of(address))
         return connection
 
-    async def drain(self, timeout_s: float | None = None) -> bool:
+    async def drain(self, timeout_s: float | None = None, *, outlived: bool = False) -> bool:
         """Take no more connections or requests and wait until those under way are answered.
 
         Waits `timeout_s`, by default the setting `drain_s`; returns whether everything was finished by then. Requests
         that still come on open connections are answered 503, connections that wait for one are closed.
+        `outlived`: others accept connections on the same sockets, so that nobody needs to be refused. Then a connection
+        that waits for a request gets a last answer, and is closed when it has been silent for `OUTLIVED_IDLE_S`.
         """
         self.draining = True
+        self._outlived = outlived
+        timeout_s = self.settings.drain_s if timeout_s is None else timeout_s
         self._stop_listening()
+        if outlived and not await self._wait_until_empty(min(timeout_s, OUTLIVED_IDLE_S)):
+            timeout_s -= OUTLIVED_IDLE_S
         for connection in list(self._connections.values()):
             if connection.idle:
                 connection.close()
+        return await self._wait_until_empty(max(0.0, timeout_s))
+
+    async def _wait_until_empty(self, timeout_s: float) -> bool:
         if self._connections:
             self._emptied.clear()
             try:
-                await asyncio.wait_for(self._emptied.wait(), self.settings.drain_s if timeout_s is None else timeout_s)
+                await asyncio.wait_for(self._emptied.wait(), timeout_s)
             except TimeoutError:
                 return False
         return True
@@ -233,7 +245,7 @@ class Server:
             return HttpError(
                 429, "too_many_connections", f"A caller has at most {limit} connections at a time.", _RETRY_AFTER
             )
-        if self.draining:
+        if self.draining and not self._outlived:
             return HttpError(503, "draining", "This server is shutting down; try again.", _RETRY_AFTER)
         if connection.over_limit:
             connection.over_limit = len(self._connections) > self.settings.max_connections
