@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import socket
 
-from bzstream.config import HttpSettings
+from bzstream.config import HttpSettings, MetricsSettings
 from bzstream.node.errors import NodeError
 
-__all__ = ["check_address", "open_listeners"]
+__all__ = ["check_address", "check_metrics_port", "open_listeners"]
 
 
 def open_listeners(settings: HttpSettings) -> list[socket.socket]:
@@ -49,3 +49,13 @@ def check_address(listeners: list[socket.socket], settings: HttpSettings) -> Non
         port = listener.getsockname()[1]
         if settings.port not in (0, port):
             raise NodeError(f"the node to take over from listens on port {port}; give --port {port}, or stop it first")
+
+
+def check_metrics_port(settings: MetricsSettings) -> None:
+    """Raise NodeError when the address of /metrics cannot be had."""
+    try:
+        socket.create_server((settings.host, settings.port or 0)).close()
+    except OSError as error:
+        raise NodeError(
+            f"cannot serve metrics on {settings.host} port {settings.port}: {error.strerror}; set metrics.port"
+        ) from None

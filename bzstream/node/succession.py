@@ -99,8 +99,10 @@ class SuccessionSocket:
 
     async def successor(self, listeners: list[socket.socket]) -> socket.socket:
         """Offer the sockets to whoever asks, until one is ready: its connection, to be given to `report_end`."""
-        assert self._socket is not None
         loop = asyncio.get_running_loop()
+        if self._socket is None:  # `take_place` failed: nobody can ask
+            await loop.create_future()
+        assert self._socket is not None
         while True:
             connection, _ = await loop.sock_accept(self._socket)
             try:

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -28,7 +28,7 @@ from bzstream.node import metrics_folder
 from bzstream.node.checks import check
 from bzstream.node.child import ChildSpec, Role
 from bzstream.node.errors import NodeError
-from bzstream.node.listeners import check_address, open_listeners
+from bzstream.node.listeners import check_address, check_metrics_port, open_listeners
 from bzstream.node.metrics_folder import MetricsFolder
 from bzstream.node.succession import Predecessor, SuccessionSocket, inherited_from_systemd, predecessor_at
 from bzstream.util.backoff import backoff
@@ -79,6 +79,8 @@ def serve(
         if counters is not None:
             stack.callback(counters.remove)
             counters.ensure()
+            if predecessor is None:  # which holds the port until it has stepped down
+                check_metrics_port(settings.metrics)
         if check_only:
             return 0
         supervisor = _Supervisor(settings, roles, load_settings, listeners, counters)
@@ -115,6 +117,7 @@ class _Supervisor:
         loop.add_signal_handler(signal.SIGINT, self._stop)
         loop.add_signal_handler(signal.SIGHUP, self._reload)
         loop.add_reader(self._ready_reader, self._note_ready)
+        metrics = None if predecessor is not None else self._serve_metrics()
         workers = [asyncio.create_task(self._monitor(spec)) for spec in self._http_workers()]
         if predecessor is not None:
             await self._first(self._all_ready.wait(), self._stopping.wait(), seconds=READY_S)
@@ -125,21 +128,22 @@ class _Supervisor:
                 await asyncio.wait(workers)
                 return 1
             await predecessor.step_down()
-        metrics = self._serve_metrics()
+            with self._logged_errors():
+                metrics = self._serve_metrics()
         others = [asyncio.create_task(self._monitor(spec)) for spec in self._other_roles()]
         if self._listeners:
             host, port = self._listeners[0].getsockname()[:2]
             self._log.info("serving", host=host, port=port, workers=len(workers), pid=os.getpid())
         successor = None
-        if succession is None:
-            await self._stopping.wait()
-        else:
-            succession.take_place()
+        if succession is not None:
+            with self._logged_errors():
+                succession.take_place()
             asking = asyncio.create_task(succession.successor(self._listeners))
             await self._first(asking, self._stopping.wait())
             successor = asking.result() if asking.done() else None
             succession.close(succeeded=successor is not None)
             self._stopping.set()
+        await self._stopping.wait()
         for listener in self._listeners:  # once the workers' own copies are closed too, new connections are refused
             listener.close()
         if metrics is not None:
@@ -152,6 +156,14 @@ class _Supervisor:
             await SuccessionSocket.report_end(successor)
         await self._end([*workers, *others], self._settings.http.drain_s + KILL_GRACE_S)
         return 0
+
+    @contextlib.contextmanager
+    def _logged_errors(self) -> Iterator[None]:
+        """Once a predecessor has stepped down, nothing but the workers is worth ending for."""
+        try:
+            yield
+        except BzstreamError as error:
+            self._log.error("going on without", reason=str(error))
 
     @staticmethod
     async def _first(*waits: Awaitable[object], seconds: float | None = None) -> None:

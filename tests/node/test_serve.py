@@ -83,6 +83,7 @@ def test_serve_refuses_to_start(place: Path) -> None:
             (check(*store, token=""), "BZ_AUTH_TOKEN"),
             (check(*store, token="x" * 31), "32"),
             (check(*store, "--port", port), port),
+            (check(*store, "--metrics-port", port), "metrics"),
             (check("--chain-file", "x"), "--store"),
             (check("--store", str(place / "mistyped")), "no store"),
             (check(*store, "--chain-file", str(place / "none.json")), "no chain file"),

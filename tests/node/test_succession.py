@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import socket
 import subprocess
@@ -126,7 +127,9 @@ def roles(node: subprocess.Popen[bytes]) -> dict[str, int]:
 
 
 def test_a_successor_takes_over_and_no_client_notices(place: Path, control: Path) -> None:
-    with running_node(place, "--workers", "2", "--take-over", str(control)) as node, traffic(node) as clients:
+    metrics = free_port()
+    options = ("--workers", "2", "--take-over", str(control), "--metrics-port", str(metrics))
+    with running_node(place, *options) as node, traffic(node) as clients:
         predecessors = []
         for _ in range(RESTARTS):
             clients.begin_downloads(DOWNLOADS)
@@ -144,6 +147,7 @@ def test_a_successor_takes_over_and_no_client_notices(place: Path, control: Path
             eventually(lambda now=successor: roles(now)["http"] == 2, "both workers")  # type: ignore[misc]
             assert before.poll() is None, "it stays for its downloads"
             node.wait_until_healthy()
+            assert dataclasses.replace(node, port=metrics).get("/metrics").status == 200
         clients.end()
         for predecessor in predecessors:
             assert predecessor.wait(timeout=120) == 0
