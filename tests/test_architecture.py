@@ -48,12 +48,6 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """Package -> packages it may import. A new package adds its line here, and its place to ORDER."""
 
-KNOWN_CIRCLES: set[frozenset[str]] = set()
-"""Files that still import each other. Only ever taken away from."""
-
-USES_PRIVATE_NAMES: set[str] = set()
-"""Test files that still use private names of other modules. Only ever taken away from."""
-
 
 def module_files() -> dict[str, Path]:
     """Dotted name of each module of bzstream -> its file."""
@@ -101,11 +95,6 @@ def test_imports_go_down() -> None:
 def test_no_files_import_each_other_in_a_circle() -> None:
     known = module_files()
     graph = {module: imports_of(file, known) - {module} for module, file in known.items()}
-    for circle in KNOWN_CIRCLES:
-        assert circle <= set(graph), f"{sorted(circle)} are gone; take them out of KNOWN_CIRCLES"
-        for module in circle:
-            assert graph[module] & circle, f"{module} is in no circle any more; take it out of KNOWN_CIRCLES"
-            graph[module] -= circle
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -172,9 +161,7 @@ def test_tests_use_public_names_alone() -> None:
     for file in sorted(TESTS.rglob("*.py")):
         if found := sorted(private_names(ast.parse(file.read_text(encoding="utf-8")))):
             offenders[str(file.relative_to(TESTS))] = found
-    new = {file: found for file, found in offenders.items() if file not in USES_PRIVATE_NAMES}
-    assert not new, f"private names of other modules: {new}"
-    assert offenders.keys() == USES_PRIVATE_NAMES, f"clean now: {USES_PRIVATE_NAMES - offenders.keys()}; take them out"
+    assert not offenders, f"private names of other modules: {offenders}"
 
 
 @pytest.mark.parametrize(
