@@ -172,14 +172,7 @@ def _represent(snapshot: Snapshot, unit: Unit, payload: Payload, etag: str) -> R
 
 def _describe(snapshot: Snapshot) -> VersionEntry:
     units = [
-        UnitEntry(
-            unit=unit.kind,
-            expert_group=unit.group,
-            size=unit.size,
-            content_hash=unit.content_hash,
-            etag=unit.etag,
-            etag_enveloped=unit.etag_enveloped,
-        )
+        UnitEntry(unit.kind, unit.group, unit.size, unit.content_hash, unit.etag, unit.etag_enveloped)
         for unit in snapshot.units.values()
     ]
     published = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(snapshot.published_at))

@@ -97,10 +97,12 @@ def claimed_hotkey(request: Request) -> str | None:
 
 
 def refuse_denied(request: Request, state: WorkerState, *hotkeys: str | None) -> None:
-    """Raises HttpError 403 when the deny list holds one of the hotkeys, the request's own or its address."""
+    """Raises HttpError 403 when the deny list holds one of the hotkeys, the request's own, or one of its addresses."""
     credentials: Credentials = request.context
     deny = state.access.deny
-    if deny.has_hotkey(credentials.bound, credentials.proven, *hotkeys) or deny.has_address(request.peer):
+    if deny.has_hotkey(credentials.bound, credentials.proven, *hotkeys) or deny.has_address(
+        request.peer, request.address
+    ):
         raise HttpError(403, "denied", "this node's operator has denied you access")
 
 

@@ -46,13 +46,13 @@ UNITS = Counter("bzstream_unit_downloads", "Downloads of a unit, whole or in ran
 UNIT_BYTES = Counter("bzstream_unit_sent_bytes", "Bytes of a unit handed to the kernel", ["unit"])
 SECONDS = Histogram(
     "bzstream_http_request_seconds",
-    "From the first byte of a request to the last byte of its answer",
+    "From the first byte of a request to the last byte of its response",
     ["route"],
     buckets=(0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5, 15, 60, 240, 900),
 )
 QUEUED = Histogram(
     "bzstream_send_queue_seconds",
-    "How long an answer waited for its first turn in the run queue",
+    "How long a response waited for its first turn in the run queue",
     buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1),
 )
 STALLS = Histogram(
@@ -146,8 +146,8 @@ class Telemetry(Observer):
             UNITS.labels(record.label, "complete" if record.complete else "broken_off").inc()
             UNIT_BYTES.labels(record.label).inc(record.sent)
             QUEUED.observe(record.queued)
-        # Health checks come every second from every side; who wants to see them sets the level to debug.
-        healthy = record.route == "/health" and record.status == 200
+        # Health checks come every second from every side; the level "debug" shows them.
+        healthy = record.route in ("/health", "/ready") and record.status == 200
         if healthy and not self._tells_health:
             return
         log = self._log.debug if healthy else self._log.info

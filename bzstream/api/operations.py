@@ -63,6 +63,7 @@ _SS58 = {"type": "string", "format": "ss58", "pattern": "^5[1-9A-HJ-NP-Za-km-z]{
 _CLAIM = Parameter("X-Hotkey", "header", _SS58, "SS58 address of the caller's hotkey: a claim")
 _HOTKEY = Parameter("X-Hotkey", "header", _SS58, "SS58 address of the caller's hotkey: a claim", required=True)
 _GROUP_SCHEMA = {"type": "string", "pattern": "^(0|[1-9][0-9]{0,8})$"}
+_ROUND_SCHEMA = {"type": "string", "pattern": "^(0|[1-9][0-9]{0,15})$"}
 _GROUP = Parameter("X-Expert-Group", "header", _GROUP_SCHEMA, "Expert group, a whole number", required=True)
 _CHOICE = (
     Parameter(
@@ -97,28 +98,33 @@ _CODING = (
 )
 
 
+def _get(name: str, path: str, summary: str, answer: type | str, *parameters: Parameter, **more: Any) -> Operation:
+    return Operation(name=name, path=path, summary=summary, answers={200: answer}, parameters=parameters, **more)
+
+
 def _unit(kind: str, text: str, *who: Parameter) -> tuple[Operation, Operation]:
     """A unit and its manifest; `who`: the parameters that say who asks, and for which group."""
     group = ("X-Expert-Group", "Vary") if _GROUP in who else ()
-    download = Operation(
-        name=kind,
-        path=f"/model/{kind}",
-        summary=text,
-        answers={200: "application/octet-stream"},
+    validators = kind == "full"
+    download = _get(
+        kind,
+        f"/model/{kind}",
+        text,
+        "application/octet-stream",
+        *(*who, *_CHOICE, *_CONDITIONS),
         errors=_UNKNOWN,
-        parameters=(*who, *_CHOICE, *_CONDITIONS),
-        validators=kind == "full",
+        validators=validators,
         ranges=True,
         response_headers=(*_UNIT_HEADERS, *group),
     )
-    manifest = Operation(
-        name=f"{kind}_manifest",
-        path=f"/model/{kind}/manifest",
-        summary=f"{text}: its chunk hashes",
-        answers={200: ManifestBody},
+    manifest = _get(
+        f"{kind}_manifest",
+        f"/model/{kind}/manifest",
+        f"{text}: its chunk hashes",
+        ManifestBody,
+        *(*who, *_CHOICE),
         errors=_UNKNOWN,
-        parameters=(*who, *_CHOICE),
-        validators=kind == "full",
+        validators=validators,
     )
     return download, manifest
 
@@ -140,13 +146,7 @@ OPERATIONS: tuple[Operation, ...] = (
     _coded("partial", "One expert group's slice", _GROUP, _HOTKEY),
     _coded("shared", "The tensors that belong to no expert", _HOTKEY),
     *_unit("full", "The whole model as one safetensors file, for validators", _CLAIM),
-    Operation(
-        name="index",
-        path="/model",
-        summary="Current and retained versions with every unit's size and hashes",
-        answers={200: ModelBody},
-        parameters=(_CLAIM,),
-    ),
+    _get("index", "/model", "Current and retained versions with every unit's size and hashes", ModelBody, _CLAIM),
     Operation(
         name="submit",
         method="POST",
@@ -157,55 +157,33 @@ OPERATIONS: tuple[Operation, ...] = (
         parameters=(_CLAIM,),
         body=SubmissionBody,
     ),
-    Operation(
-        name="submission",
-        path="/submissions/{submission_id}",
-        summary="What became of a submission",
-        answers={200: SubmissionStatusBody},
+    _get(
+        "submission",
+        "/submissions/{submission_id}",
+        "What became of a submission",
+        SubmissionStatusBody,
+        Parameter("submission_id", "path", {"type": "string", "format": "uuid"}, required=True),
+        _CLAIM,
         errors=_UNKNOWN,
-        parameters=(
-            Parameter("submission_id", "path", {"type": "string", "format": "uuid"}, required=True),
-            _CLAIM,
-        ),
     ),
-    Operation(
-        name="scores",
-        path="/scores",
-        summary="The scores of the latest round with results, or of another",
-        answers={200: ScoresBody},
+    _get(
+        "scores",
+        "/scores",
+        "The scores of the latest round with results, or of another",
+        ScoresBody,
+        Parameter("round", "query", _ROUND_SCHEMA, "First block of the round's submit phase"),
+        _CLAIM,
         errors=_UNKNOWN,
-        parameters=(
-            Parameter(
-                "round",
-                "query",
-                {"type": "string", "pattern": "^(0|[1-9][0-9]{0,15})$"},
-                "First block of the round's submit phase",
-            ),
-            _CLAIM,
-        ),
     ),
-    Operation(
-        name="health",
-        path="/health",
-        summary="How the node is",
-        answers={200: HealthBody},
-        public=True,
-        limited=False,
-    ),
-    Operation(
-        name="ready",
-        path="/ready",
-        summary="Whether this worker can serve downloads and take submissions in their phase",
-        answers={200: HealthBody},
+    _get("health", "/health", "How the node is", HealthBody, public=True, limited=False),
+    _get(
+        "ready",
+        "/ready",
+        "Whether this worker can serve downloads and take submissions in their phase",
+        HealthBody,
         errors={503: HealthBody},
         public=True,
         limited=False,
     ),
-    Operation(
-        name="openapi",
-        path="/openapi.json",
-        summary="This document",
-        answers={200: "application/json"},
-        public=True,
-    ),
+    _get("openapi", "/openapi.json", "This document", "application/json", public=True),
 )

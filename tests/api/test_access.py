@@ -238,6 +238,12 @@ def test_denied_callers(guarded: Desk) -> None:
         assert code(guarded.submit(body, {**bearer(TOKEN), "X-Hotkey": node.hotkey})) == denied
         assert code(guarded.submit(body, {**bearer(TOKEN), "X-Forwarded-For": "203.0.113.9"})) == denied
         assert code(node.get("/scores", miner)) == denied
+        other = {**bearer(TOKEN), "X-Forwarded-For": "198.51.100.1"}
+        assert node.get("/model", other).status == 200
+        write(file, "127.0.0.1")
+        eventually(lambda: node.get("/model", other).status == 403, "the address of the connection itself")
+        write(file, node.hotkey)
+        eventually(lambda: node.get("/model", bearer(TOKEN)).status == 200, "only the hotkey is denied")
         # Checks that come before it in the contract's order come before it.
         assert node.get("/nowhere", miner).status == 404
         assert code(node.get("/model/partial?format=x", miner)) == (400, "invalid_format")

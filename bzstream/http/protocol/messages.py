@@ -101,6 +101,8 @@ class Request:
     """IP address of the client as text, behind `http.trusted_proxies` the one that they report."""
     caller: str
     """Whom connection limits and fairness count this under: at first the peer address (IPv6: its /64)."""
+    address: str = ""
+    """IP address at the other end of the connection: the client's, or a trusted proxy's."""
     secure: bool = False
     """Whether the client spoke TLS, to us or to a trusted proxy that says so."""
     body: bytes = b""

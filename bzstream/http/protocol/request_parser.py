@@ -214,4 +214,5 @@ def make_request(head: RequestHead, address: str, secure: bool, proxies: Trusted
     if peer in proxies:
         secure = secure or (head.headers.list("x-forwarded-proto") or "").lower() == "https"
         peer = proxies.resolve(peer, head.headers)
-    return Request(head.method, head.target, head.path, head.query, head.headers, peer, caller_of(peer), secure)
+    caller = caller_of(peer)
+    return Request(head.method, head.target, head.path, head.query, head.headers, peer, caller, address, secure)
