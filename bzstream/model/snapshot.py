@@ -77,6 +77,28 @@ class Unit:
         return self.whole and self.payload.intact()
 
 
+class OpenFiles:
+    """Opens files and holds a reference to each; `close` gives the references back."""
+
+    def __init__(self) -> None:
+        self.opened: list[UnitFile] = []
+
+    def open(self, path: Path, size: int) -> UnitFile | None:
+        """The file, or None when it cannot be served. Raises OSError when the process may open no more."""
+        try:
+            file = UnitFile(path)
+        except OSError as error:
+            if error.errno in _TOO_MANY_FILES:
+                raise
+            return None
+        self.opened.append(file)
+        return file if file.size == size else None
+
+    def close(self) -> None:
+        for file in self.opened:
+            file.release()
+
+
 class Snapshot:
     """One published version, open. Counted: `release` by the last holder closes what nothing else holds.
 
@@ -88,7 +110,7 @@ class Snapshot:
         record: SnapshotRecord,
         folder: Path,
         units: Mapping[str, Unit],
-        files: tuple[UnitFile, ...],
+        files: OpenFiles,
         unverified: tuple[tuple[UnitFile, tuple[str, ...]], ...] = (),
     ) -> None:
         """Raises StoreDamaged when the snapshot's config.json is not the one that was published."""
@@ -137,7 +159,7 @@ class Snapshot:
     def serves(self, file: UnitFile) -> bool:
         """Whether the same file, unchanged, is open and in service here."""
         stamp = file_stamp(file.fd)
-        return any(own.intact() and file_stamp(own.fd) == stamp for own in self._files)
+        return any(own.intact() and file_stamp(own.fd) == stamp for own in self._files.opened)
 
     def retain(self) -> None:
         """Hold the snapshot open; pair each call with one `release`."""
@@ -149,8 +171,7 @@ class Snapshot:
         assert self._references > 0, "a snapshot was released more often than retained"
         self._references -= 1
         if self._references == 0:
-            for file in self._files:
-                file.release()
+            self._files.close()
 
 
 def open_snapshot(folder: Path, known: Snapshot | None = None) -> Snapshot:
@@ -163,41 +184,34 @@ def open_snapshot(folder: Path, known: Snapshot | None = None) -> Snapshot:
     """
     record = read_record(folder)
     codings = _read_codings(folder, record)
-    with ExitStack() as cleanup:
-        coded_files: list[UnitFile] = []
-        files: list[UnitFile | None] = []
-        for unit in record.units:
-            file = _open_file(folder, unit)
-            files.append(file)
-            if file is not None:
-                cleanup.callback(file.release)
+    files = OpenFiles()
+    with ExitStack() as undo:
+        undo.callback(files.close)
+        own = [None if unit.file is None else files.open(folder / unit.file, unit.size) for unit in record.units]
         units: dict[str, Unit] = {}
         unverified = []
-        for unit, file in zip(record.units, files, strict=True):
+        for unit, file in zip(record.units, own, strict=True):
+            sources = [(file, 0, unit.size)]
             if unit.kind == "full":
-                extents = [(files[index], offset, length) for index, offset, length in record.view]
-                parts: list[bytes | Extent] = [record.head]
-                parts += [Extent(part, offset, length) for part, offset, length in extents if part is not None]
-                whole = all(part is not None for part, _, _ in extents)
-            else:
-                parts = [] if file is None else [Extent(file, 0, unit.size)]
-                whole = file is not None
+                sources = [(own[index], offset, length) for index, offset, length in record.view]
+            parts: list[bytes | Extent] = [record.head] if unit.kind == "full" else []
+            parts += [Extent(source, offset, length) for source, offset, length in sources if source is not None]
+            whole = all(source is not None for source, _, _ in sources)
             if unit.kind != "ungrouped":
-                coded = _open_coded(folder, codings.get(unit.label))
-                for each in coded:
-                    cleanup.callback(each.release)
-                coded_files += coded
-                units[unit.label] = _unit(
-                    record, unit, Payload(tuple(parts)), whole, codings[unit.label] if coded else None, coded
+                listed = codings.get(unit.label)
+                coded = (
+                    [files.open(folder / "coded" / Path(c.file).name, c.size) for c in listed.codings] if listed else []
                 )
+                if None in coded:  # all or none: the signed manifest lists all of them
+                    listed, coded = None, []
+                units[unit.label] = _unit(record, unit, Payload(tuple(parts)), whole, listed, coded)
             if file is None or (known is not None and known.serves(file)):
                 continue
             if os.fstat(file.fd).st_mtime_ns != unit.mtime_ns:
                 file.broken = True
                 unverified.append((file, unit.chunks))
-        opened = (*(file for file in files if file is not None), *coded_files)
-        snapshot = Snapshot(record, folder, units, opened, tuple(unverified))
-        cleanup.pop_all()
+        snapshot = Snapshot(record, folder, units, files, tuple(unverified))
+        undo.pop_all()
     return snapshot
 
 
@@ -218,22 +232,6 @@ def _config(folder: Path, record: SnapshotRecord) -> dict[str, Any]:
         raise StoreDamaged(f"{path} cannot be used: {error}") from None
 
 
-def _open_file(folder: Path, unit: UnitRecord) -> UnitFile | None:
-    """The unit's file, or None when it cannot be served. Raises OSError when the process may open no more."""
-    if unit.file is None:
-        return None
-    try:
-        file = UnitFile(folder / unit.file)
-    except OSError as error:
-        if error.errno in _TOO_MANY_FILES:
-            raise
-        return None
-    if file.size != unit.size:
-        file.release()
-        return None
-    return file
-
-
 def _read_codings(folder: Path, record: SnapshotRecord) -> Mapping[str, UnitCodings]:
     """By label. None count whose manifests are signed by another hotkey than the snapshot's (it was signed since)."""
     try:
@@ -244,36 +242,13 @@ def _read_codings(folder: Path, record: SnapshotRecord) -> Mapping[str, UnitCodi
     return codings.units if codings is not None and codings.hotkey == record.hotkey else {}
 
 
-def _open_coded(folder: Path, codings: UnitCodings | None) -> list[UnitFile]:
-    """The coded files of a unit. All or none: the signed manifest lists all of them."""
-    opened: list[UnitFile] = []
-    for coding in codings.codings if codings else ():
-        try:
-            file = UnitFile(folder / "coded" / Path(coding.file).name)
-        except OSError as error:
-            _release(opened)
-            if error.errno in _TOO_MANY_FILES:
-                raise
-            return []
-        opened.append(file)
-        if file.size != coding.size:
-            _release(opened)
-            return []
-    return opened
-
-
-def _release(files: list[UnitFile]) -> None:
-    for file in files:
-        file.release()
-
-
 def _unit(
     record: SnapshotRecord,
     unit: UnitRecord,
     payload: Payload,
     whole: bool,
     codings: UnitCodings | None,
-    coded_files: list[UnitFile],
+    coded_files: list[UnitFile | None],
 ) -> Unit:
     envelope = unit_envelope(record, unit)
     etag = f'"{unit.sha256}"'
@@ -298,6 +273,7 @@ def _unit(
         codings={
             (coding.name, coding.base): CodedUnit(Payload((Extent(file, 0, coding.size),)), _coded_etag(coding))
             for coding, file in zip(listed, coded_files, strict=True)
+            if file is not None
         },
     )
 
