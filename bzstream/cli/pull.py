@@ -47,6 +47,10 @@ def pull(
         Literal["sha256", "blake3", "none"],
         typer.Option(help="sha256: each chunk's BLAKE3 and the file's SHA-256; blake3: the chunks; none: sizes."),
     ] = "sha256",
+    coding: Annotated[
+        Literal["auto", "off"],
+        typer.Option(help="auto: coded forms (fewer bytes) where the link is slower than decoding; off: never."),
+    ] = "auto",
     validator_hotkey: Annotated[
         str | None, typer.Option(help="SS58 address that must have signed the hashes; without it see above.")
     ] = None,
@@ -99,6 +103,7 @@ def pull(
             key=key,
             connections=connections,
             verify=verify,
+            coding=coding,
             validator_hotkey=validator_hotkey,
             receiver=receiver,
             version=version,
@@ -154,13 +159,14 @@ class _Show:
 
     def result(self, report: PullReport, seconds: float) -> None:
         for unit in report.units:
+            gained = f", {byte_count(unit.gained)} saved by coding" if unit.gained else ""
             kept = f", {byte_count(unit.reused)} were there already" if unit.reused else ""
             again = f", {unit.chunks_fetched_again} chunks fetched again" if unit.chunks_fetched_again else ""
             signed = f", signed by {unit.signed_by}" if unit.signed_by else ""
             speed = f" at {byte_count(unit.fetched / unit.seconds)}/s" if unit.fetched and unit.seconds else ""
             print(
                 f"{unit.path}: {byte_count(unit.size)} of version {unit.version}, fetched "
-                f"{byte_count(unit.fetched)}{speed}{kept}{again}{signed}"
+                f"{byte_count(unit.fetched)}{speed}{gained}{kept}{again}{signed}"
             )
             print(f"  {unit.content_hash}")
 

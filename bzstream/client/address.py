@@ -72,12 +72,16 @@ class UnitRef(NamedTuple):
     def headers(self) -> list[tuple[str, str]]:
         return [("X-Expert-Group", str(self.group))] if self.kind == "partial" else []
 
-    def target(self, version: str | None = None, *, manifest: bool = False) -> str:
-        """Path and query, as the node sees them, of the unit's bare safetensors bytes or of its manifest."""
+    def target(self, version: str | None = None, *, manifest: bool = False, coding: str = "") -> str:
+        """Path and query, as the node sees them, of the unit's bare safetensors bytes, of its manifest, or of a coded
+        form, of which `coding` is the query that names it."""
         path = f"/model/{self.kind}"
         query = []
         if manifest:
             path += "/manifest"
+        elif coding:
+            path += "/coded"
+            query.append(coding)
         elif self.kind != "full":
             query.append("format=safetensors")
         if version is not None:

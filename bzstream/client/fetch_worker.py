@@ -11,7 +11,18 @@ import os
 import random
 import time
 
-from bzstream.client.errors import ClientError, DiskError, ProtocolViolation, Stopped, TransientError, VersionChanged
+from blake3 import blake3
+
+from bzstream.client.errors import (
+    Busy,
+    ClientError,
+    DiskError,
+    ProtocolViolation,
+    Refused,
+    Stopped,
+    TransientError,
+    VersionChanged,
+)
 from bzstream.client.mirror import Mirror
 from bzstream.client.plan import Segment
 from bzstream.client.sinks import Writer
@@ -41,6 +52,8 @@ class FetchWorker:
         self._slot: int | None = None
         """The journal's slot for the range that is being received."""
         self._slot_begin = 0
+        self._buffers: dict[str, memoryview] = {}
+        """For coded chunks: as they come, and decoded."""
         self._pace = 0.0
         """Bytes a second of the last run; 0 before there was one."""
 
@@ -55,7 +68,10 @@ class FetchWorker:
                 trouble: ClientError | None = None
                 try:
                     connection = self._connect(mirror)
-                    self._fetch(connection, mirror, segment)
+                    if segment.coded:
+                        self._fetch_coded(connection, mirror, segment)
+                    else:
+                        self._fetch(connection, mirror, segment)
                     failures = 0
                 except DiskError:
                     raise
@@ -87,9 +103,7 @@ class FetchWorker:
                     now = time.monotonic()
                     mirror = self._choose(now)
                     if mirror is not None and not self._held_back():
-                        segment = state.plan.take(self._number, self._run_length(mirror), now) or self._steal(
-                            mirror, now
-                        )
+                        segment = self._take(mirror, now) or self._steal(mirror, now)
                         if segment is not None:
                             mirror.workers += 1
                             return segment, mirror
@@ -114,9 +128,20 @@ class FetchWorker:
                     return mirror
         return min(able, key=lambda m: m.workers, default=None)
 
+    def _take(self, mirror: Mirror, now: float) -> Segment | None:
+        """Free work: a chunk that is to be fetched coded, else a run. With the lock held."""
+        plan, coded = self._state.plan, self._state.coded
+        if coded is not None and coded.active and not plan.refetch:
+            segment = plan.take_chunk(self._number, lambda index: coded.choose(index, mirror.number) is not None, now)
+            if segment is not None:
+                return segment
+        return plan.take(self._number, self._run_length(mirror), now)
+
     def _run_length(self, mirror: Mirror) -> int:
         """Bytes of the next run: a few seconds' worth, less near the end so that all workers finish together."""
         state, tuning = self._state, self._state.tuning
+        if state.coded is not None and state.coded.undecided:
+            return tuning.min_run  # what is asked for plain now will not come coded
         workers = max(1, state.target)
         if mirror.rtt < tuning.near_rtt_s:
             # A request costs next to nothing, so that the prefix that the SHA-256 follows can grow in short runs.
@@ -223,15 +248,96 @@ class FetchWorker:
             if segment.received < asked:
                 connection.reusable = False  # a thief has the rest, and it is still on its way to us here
 
-    def _store(self, segment: Segment, mirror: Mirror, count: int, *, last: bool) -> None:
-        """Pass received bytes on to the sink, note what is in it, have the chunk judged when it is complete."""
+    def _fetch_coded(self, connection: Connection, mirror: Mirror, segment: Segment) -> None:
+        """Receive the coded form of a chunk, decode it, and pass it on. Whatever is wrong with that form, the chunk is
+        fetched as it is afterwards."""
+        state, plan, coded = self._state, self._state.plan, self._state.coded
+        index = segment.start // plan.chunk_size
+        coding = coded.choose(index, mirror.number) if coded is not None else None
+        if coded is None or coding is None:
+            self._fetch(connection, mirror, segment)
+            return
+        try:
+            state.session.open_coded(connection, mirror, state.manifest, state.version, coding, index)
+            raw = self._receive_coded(connection, mirror, segment, coding.chunks[index][1])
+        except (VersionChanged, Refused, ProtocolViolation, Busy):
+            # It has other coded files, none, or trouble of its own: what is more than that, a plain request finds out.
+            coded.skip_mirror(mirror.number)
+            segment.alone = False
+            self._close_connection()
+            return
+        except ClientError:
+            segment.alone = False  # the same may be tried again
+            raise
+        if blake3(raw).digest() != coding.chunks[index][2]:
+            if coded.skip_mirror(mirror.number):
+                state.session.notify(
+                    f"{mirror.address} sent coded bytes with a wrong hash; taking it uncoded from there"
+                )
+            with state.changed:
+                state.refetched += 1
+                verdict = mirror.note_wrong_chunk(index, f"{mirror.address} sent coded bytes with a wrong hash")
+                if verdict is not None:
+                    state.drop(mirror, verdict)
+            return
+        length = plan.length(index)
+        memory = state.sink.memory_at(segment.start, length)
+        view = memory if memory is not None else self._buffer("chunk", plan.chunk_size)[:length]
+        if not coded.decode(index, coding, raw, view):
+            state.session.notify(
+                f"a coded form of {state.manifest.unit.label} is damaged where it was made; not using it"
+            )
+            return
+        with state.lock:
+            chunk = plan.chunk(index)
+        chunk.hasher.update(view)
+        chunk.hashed = length
+        self._writer.begin(segment.pos)
+        self._slot = None
+        at = 0
+        while at < length:
+            space = self._writer.space(min(self._writer.room(), length - at))
+            if memory is None:
+                space[:] = view[at : at + len(space)]
+            at += len(space)
+            segment.received += len(space)
+            self._store(segment, mirror, len(space), last=at == length, wire=0)
+
+    def _receive_coded(self, connection: Connection, mirror: Mirror, segment: Segment, length: int) -> memoryview:
+        state = self._state
+        raw = self._buffer("coded", state.plan.chunk_size)[:length]
+        done = 0
+        while done < length:
+            count = connection.read_into(raw[done : done + state.tuning.buffer])
+            done += count
+            with state.lock:
+                pause = state.pause(count)
+                state.fetched += count
+                mirror.bytes += count
+                segment.moved = time.monotonic()
+            if pause:
+                state.session.stopping.wait(pause)
+        return raw
+
+    def _buffer(self, name: str, size: int) -> memoryview:
+        """Memory that is used again and again, made when it is first needed."""
+        if name not in self._buffers:
+            self._buffers[name] = memoryview(bytearray(size))
+        return self._buffers[name]
+
+    def _store(self, segment: Segment, mirror: Mirror, count: int, *, last: bool, wire: int | None = None) -> None:
+        """Pass received bytes on to the sink, note what is in it, have the chunk judged when it is complete.
+
+        `wire`: how many of them came over the network and are not counted yet; default all.
+        """
         state, plan = self._state, self._state.plan
         written = self._writer.filled(count, last=last)
         full: int | None = None
         with state.lock:
-            pause = state.pause(count)
-            state.fetched += count
-            mirror.bytes += count
+            arrived = count if wire is None else wire
+            pause = state.pause(arrived)
+            state.fetched += arrived
+            mirror.bytes += arrived
             if written:
                 if self._slot is None or segment.pos % plan.chunk_size == 0:
                     self._slot, self._slot_begin = None, segment.pos

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,6 +113,21 @@ class OldFile:
 
     def read_into(self, index: int, view: memoryview) -> bool:
         return _read(self._fd, self._places[index], view)
+
+    def read_at(self, offset: int, view: memoryview) -> bool:
+        """Fill `view` with the file's bytes; False if it ends first. Raises DiskError."""
+        return _read(self._fd, offset, view)
+
+    def sha256(self, stopped: threading.Event) -> bytes | None:
+        """The digest of the whole file, None when it was stopped or cannot be read."""
+        hasher, buffer, offset = hashlib.sha256(), memoryview(bytearray(1 << 20)), 0
+        while offset < self.size:
+            view = buffer[: min(len(buffer), self.size - offset)]
+            if stopped.is_set() or not _read(self._fd, offset, view):
+                return None
+            hasher.update(view)
+            offset += len(view)
+        return hasher.digest()
 
     def close(self) -> None:
         os.close(self._fd)

@@ -7,6 +7,7 @@ server; anywhere else it is good when the validator's hotkey signed it and the c
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +20,21 @@ from bzstream.client.errors import BadManifest, BadSignature
 from bzstream.errors import BzstreamError
 from bzstream.util.strict_json import JsonError, parse_json_object
 
-__all__ = ["Manifest", "parse_manifest"]
+__all__ = ["Coding", "Manifest", "parse_manifest"]
 
 _CONTENT_HASH = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
+_CODING_NAME = re.compile(r"[a-z][a-z0-9.-]{0,63}", re.ASCII)
 _CHUNK_HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
 MAX_SIZE = 1 << 50
 MAX_CHUNK = 256 * 1024 * 1024
 """A chunk is read back whole in the rare case that its parts came out of order."""
+
+
+class _CodingDocument(msgspec.Struct):
+    name: str
+    base: str | None
+    size: int
+    chunks: list[tuple[int, int, str]]
 
 
 class _Document(msgspec.Struct):
@@ -41,6 +50,28 @@ class _Document(msgspec.Struct):
     chunks: list[str]
     validator_hotkey: str | None
     signature: str | None
+    codings: list[_CodingDocument] = []
+
+
+@dataclass(frozen=True, slots=True)
+class Coding:
+    """A coded form of the unit: chunk i lies coded at `chunks[i]`: (offset, length, BLAKE3 digest).
+
+    `base` is the SHA-256 of the version of the unit that it is a difference to, None when it stands alone.
+    """
+
+    name: str
+    base: bytes | None
+    size: int
+    chunks: tuple[tuple[int, int, bytes], ...]
+    etag: str
+    """The entity tag of the coded bytes on every node that lists this very coding."""
+
+    @property
+    def query(self) -> str:
+        """What names it in a request."""
+        base = "" if self.base is None else f"&base=sha256:{self.base.hex()}"
+        return f"coding={self.name}{base}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +87,7 @@ class Manifest:
     chunks: tuple[bytes, ...]
     validator_hotkey: str | None
     signed: bool
+    codings: tuple[Coding, ...] = ()
 
     @property
     def etag(self) -> str:
@@ -93,7 +125,36 @@ def parse_manifest(raw: bytes, unit: UnitRef, *, version: str | None = None, sig
         chunks=tuple(map(bytes.fromhex, document.chunks)),
         validator_hotkey=document.validator_hotkey,
         signed=document.signature is not None,
+        codings=tuple(map(_coding, document.codings, plain.get("codings", ()))),
     )
+
+
+def _coding(document: _CodingDocument, plain: dict[str, Any]) -> Coding:
+    # The node makes the entity tag of the manifest's entry (docs/coding.md): it changes with every coded byte.
+    entry = {name: plain[name] for name in ("name", "base", "size", "chunks")}
+    return Coding(
+        document.name,
+        None if document.base is None else bytes.fromhex(document.base.removeprefix("sha256:")),
+        document.size,
+        tuple((offset, length, bytes.fromhex(digest)) for offset, length, digest in document.chunks),
+        f'"{hashlib.sha256(canonical_json(entry)).hexdigest()}"',
+    )
+
+
+def _wrong_coding(coding: _CodingDocument, document: _Document) -> str | None:
+    """What is wrong with an entry of `codings`, or None."""
+    if not _CODING_NAME.fullmatch(coding.name):
+        return "a coding's name is not one"
+    if coding.base is not None and not _CONTENT_HASH.fullmatch(coding.base):
+        return "a coding's base is not sha256:<64 hex>"
+    if not 0 < coding.size <= document.size or len(coding.chunks) != len(document.chunks):
+        return "a coding does not cover the unit"
+    for offset, length, digest in coding.chunks:
+        if not (offset >= 0 and 0 < length <= document.chunk_size and offset + length <= coding.size):
+            return "a coded chunk is out of range"
+        if not _CHUNK_HASH.fullmatch(digest):
+            return "a coded chunk's hash is not 64 hex digits"
+    return None
 
 
 def _contradiction(document: _Document, unit: UnitRef, version: str | None) -> str | None:
@@ -116,6 +177,9 @@ def _contradiction(document: _Document, unit: UnitRef, version: str | None) -> s
         return f"{len(document.chunks)} chunk hashes do not cover {document.size} bytes"
     if not all(map(_CHUNK_HASH.fullmatch, document.chunks)):
         return "a chunk hash is not 64 hex digits"
+    for coding in document.codings:
+        if wrong := _wrong_coding(coding, document):
+            return wrong
     if document.validator_hotkey is not None:
         try:
             decode_hotkey(document.validator_hotkey)

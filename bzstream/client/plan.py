@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from blake3 import blake3
 
@@ -26,13 +26,15 @@ __all__ = ["Chunk", "Plan", "Segment"]
 class Segment:
     """A run that one worker works on: [pos, end) is not yet in the sink, [pos, claimed) may no longer be stolen."""
 
-    __slots__ = ("alone", "began", "claimed", "end", "moved", "pos", "received", "start", "worker")
+    __slots__ = ("alone", "began", "claimed", "coded", "end", "moved", "pos", "received", "start", "worker")
 
     def __init__(self, start: int, end: int, worker: int, now: float, *, alone: bool = False) -> None:
         self.start = self.pos = self.received = self.claimed = start
         self.end = end
         self.worker = worker
         self.alone = alone
+        self.coded = False
+        """Whether it is a chunk that is to be fetched coded."""
         self.began = now
         self.moved = now
         """When the last byte came."""
@@ -142,6 +144,20 @@ class Plan:
         else:
             self.free[0] = (stop, end)
         return self._begin(Segment(begin, stop, worker, now))
+
+    def take_chunk(self, worker: int, wanted: Callable[[int], bool], now: float) -> Segment | None:
+        """The first chunk that is free as a whole and `wanted`, to be fetched coded, alone; None if there is none."""
+        for begin, end in self.free:
+            for index in range(-(-begin // self.chunk_size), -(-end // self.chunk_size)):
+                start, stop = index * self.chunk_size, index * self.chunk_size + self.length(index)
+                if stop > end:
+                    break
+                if wanted(index):
+                    self._cut(start, stop)
+                    segment = Segment(start, stop, worker, now, alone=True)
+                    segment.coded = True
+                    return self._begin(segment)
+        return None
 
     def steal(
         self, worker: int, now: float, *, pace: float, least: int, least_s: float, stuck_s: float

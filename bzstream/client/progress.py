@@ -29,6 +29,8 @@ class Progress:
     rate: float
     seconds_left: float | None
     connections: int
+    gained: int = 0
+    """Bytes that need not cross the network because they came coded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,8 @@ class UnitReport:
     chunks_fetched_again: int
     signed_by: str | None
     """The validator whose signature on the manifest was checked."""
+    gained: int = 0
+    """Bytes that did not cross the network because they came coded."""
     path: Path | None = None
 
 
@@ -71,6 +75,7 @@ def unit_report(
     seconds: float = 0.0,
     connections: int = 0,
     refetched: int = 0,
+    gained: int = 0,
 ) -> UnitReport:
     """The report of a finished unit; without a transfer everything was there already."""
     return UnitReport(
@@ -80,11 +85,12 @@ def unit_report(
         content_hash=manifest.content_hash,
         size=manifest.size,
         fetched=fetched,
-        reused=max(0, manifest.size - fetched),
+        reused=max(0, manifest.size - fetched - gained),
         seconds=seconds,
         connections=connections,
         chunks_fetched_again=refetched,
         signed_by=manifest.validator_hotkey if manifest.signed else None,
+        gained=gained,
         path=path,
     )
 

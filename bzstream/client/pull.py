@@ -18,6 +18,7 @@ from typing import Literal
 
 from bzstream.chain.keys import Key
 from bzstream.client.address import UnitRef
+from bzstream.client.coded import coded_chunks
 from bzstream.client.errors import ProtocolViolation, VersionChanged
 from bzstream.client.folder import OldFile, UnitFiles, lock_folder, matching_chunks
 from bzstream.client.journal import Journal
@@ -31,9 +32,10 @@ from bzstream.client.streaming_sha256 import StreamingSha256
 from bzstream.client.transfer import Transfer, wrong_file_hash
 from bzstream.client.tuning import Tuning
 
-__all__ = ["Verify", "pull"]
+__all__ = ["Coding", "Verify", "pull"]
 
 Verify = Literal["sha256", "blake3", "none"]
+Coding = Literal["auto", "off"]
 _MOST_MOVES = 20
 """Versions that may follow each other during one pull; a server that changes more often has a fault."""
 
@@ -50,6 +52,7 @@ def pull(
     token: str | None = None,
     connections: int | None = None,
     verify: Verify = "sha256",
+    coding: Coding = "auto",
     validator_hotkey: str | None = None,
     receiver: str | None = None,
     version: str | None = None,
@@ -66,10 +69,11 @@ def pull(
     `hotkey`: the SS58 address to claim; `key`: a key, key file or wallet that proves it for every request (proofs name
     `validator_hotkey`, or else the node that the manifest names). `token`: default BZ_AUTH_TOKEN. `connections`:
     default as many as help. `verify`: "sha256" every chunk's BLAKE3 and the file's SHA-256, "blake3" the chunks,
-    "none" sizes only. `validator_hotkey`: SS58 address that must have signed the manifests. `version`: stay with this
-    one instead of the current. `progress` is called some ten times a second in this thread; `notify(text)` with a line
-    for a person, from any thread. `dry_run`: nothing is fetched but manifests, nothing is written; the report says
-    what would be fetched.
+    "none" sizes only. `coding`: "auto" takes coded forms of a unit, which are fewer bytes, where the link is slower
+    than the processor decodes; "off" never. `validator_hotkey`: SS58 address that must have signed the manifests.
+    `version`: stay with this one instead of the current. `progress` is called some ten times a second in this thread;
+    `notify(text)` with a line for a person, from any thread. `dry_run`: nothing is fetched but manifests, nothing is
+    written; the report says what would be fetched.
 
     An interrupted call goes on where it stopped when it is made again. Raises ClientError: its subclass says what kind
     of trouble, its text what to do. A file under its final name is complete and durable.
@@ -80,7 +84,7 @@ def pull(
     session = open_session(url, options, tuning or Tuning(), notify, claim_needed=any(w.kind != "full" for w in units))
     if _opened is not None:
         _opened(session)
-    puller = _Puller(session, folder, options, verify, progress or (lambda _: None))
+    puller = _Puller(session, folder, options, verify, coding, progress or (lambda _: None))
     try:
         choose_receiver(session)
         if dry_run:
@@ -95,12 +99,19 @@ class _Puller:
     """What all units of one call share."""
 
     def __init__(
-        self, session: Session, folder: Path, options: Options, verify: Verify, on_progress: Callable[[Progress], None]
+        self,
+        session: Session,
+        folder: Path,
+        options: Options,
+        verify: Verify,
+        coding: Coding,
+        on_progress: Callable[[Progress], None],
     ) -> None:
         self.session = session
         self.folder = folder
         self.options = options
         self.verify = verify
+        self.coding = coding
         self.on_progress = on_progress
 
     def pull_all(self, units: Sequence[UnitRef], pull_unit: Callable[[UnitRef], UnitReport]) -> PullReport:
@@ -272,6 +283,7 @@ class _Puller:
             sha256=sha256,
             journal=journal,
             local=old,
+            coded=coded_chunks(self.session, manifest, base=old) if self.coding == "auto" else None,
         )
         try:
             transfer.run(self.on_progress)

@@ -24,7 +24,7 @@ from bzstream.client.errors import (
     VersionChanged,
 )
 from bzstream.client.identity import Identity
-from bzstream.client.manifest import Manifest, parse_manifest
+from bzstream.client.manifest import Coding, Manifest, parse_manifest
 from bzstream.client.mirror import Mirror
 from bzstream.client.responses import BUSY, redirect_error, refusal
 from bzstream.client.tuning import Tuning
@@ -248,9 +248,39 @@ class Session:
         Raises VersionChanged when the server has another version, ProtocolViolation when the response is not what was
         asked for, and what `refusal` says.
         """
+        self._open(
+            connection, mirror, manifest, manifest.unit.target(version), manifest.etag, begin, end, manifest.size
+        )
+
+    def open_coded(
+        self,
+        connection: Connection,
+        mirror: Mirror,
+        manifest: Manifest,
+        version: str | None,
+        coding: Coding,
+        index: int,
+    ) -> None:
+        """As `open_range`, for chunk `index` in a coded form. Raises VersionChanged and Refused, too, when this mirror
+        does not have exactly that form."""
+        offset, length, _ = coding.chunks[index]
+        target = manifest.unit.target(version, coding=coding.query)
+        self._open(connection, mirror, manifest, target, coding.etag, offset, offset + length, coding.size)
+
+    def _open(
+        self,
+        connection: Connection,
+        mirror: Mirror,
+        manifest: Manifest,
+        target: str,
+        expected_etag: str,
+        begin: int,
+        end: int,
+        size: int,
+    ) -> None:
         unit, address = manifest.unit, mirror.address
-        conditions = [("Range", f"bytes={begin}-{end - 1}"), ("If-Match", manifest.etag)]
-        head = self._exchange(connection, mirror, "GET", unit.target(version), [*unit.headers, *conditions])
+        conditions = [("Range", f"bytes={begin}-{end - 1}"), ("If-Match", expected_etag)]
+        head = self._exchange(connection, mirror, "GET", target, [*unit.headers, *conditions])
         if head.status != 206:
             if head.status == 200:
                 raise ProtocolViolation(f"{address} sent the whole file where a range of it was asked for")
@@ -259,17 +289,17 @@ class Session:
             if head.status < 400:
                 raise redirect_error(head, address)
             raise refusal(head, connection.read_document(self.tuning.max_document), address, unit.label)
-        if parse_content_range(head.get("content-range")) != (begin, end, manifest.size):
+        if parse_content_range(head.get("content-range")) != (begin, end, size):
             raise ProtocolViolation(f"{address} sent another range than the one that was asked for")
         if head.encoded or connection.remaining != end - begin:
             raise ProtocolViolation(
                 f"{address} sent a range of {end - begin} bytes encoded, or without their number in Content-Length"
             )
         etag = head.get("etag")
-        if etag == f"W/{manifest.etag}":
+        if etag == f"W/{expected_etag}":
             raise ProtocolViolation(
                 f"a proxy on the way to {address} changes responses (it weakened the entity tag of {unit.label}); go "
                 "round it, or have it leave responses alone"
             )
-        if etag != manifest.etag:
+        if etag != expected_etag:
             raise VersionChanged(f"{address} sent bytes of another version of {unit.label}")

@@ -57,6 +57,9 @@ class Sink(Protocol):
     def read(self, position: int, length: int) -> memoryview:
         """Bytes that are in the sink."""
 
+    def memory_at(self, position: int, length: int) -> memoryview | None:
+        """The destination itself, if it is memory."""
+
     def settled(self, begin: int, length: int) -> None:
         """These bytes were verified and will not change."""
 
@@ -73,6 +76,8 @@ class MemorySink:
 
     def read(self, position: int, length: int) -> memoryview:
         return self.memory[position : position + length]
+
+    memory_at = read
 
     def settled(self, begin: int, length: int) -> None:
         pass
@@ -162,6 +167,9 @@ class FileSink:
         if count < len(view):
             self.write(view[count:], position + count)
         return True
+
+    def memory_at(self, position: int, length: int) -> memoryview | None:
+        return None
 
     def settled(self, begin: int, length: int) -> None:
         start_writing(self.fd, begin, length)

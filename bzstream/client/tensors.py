@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from bzstream.chain.keys import Key
 from bzstream.client.address import UnitRef
+from bzstream.client.coded import coded_chunks
 from bzstream.client.errors import ProtocolViolation, UsageError, VersionChanged
 from bzstream.client.manifest import Manifest
 from bzstream.client.plan import Plan
@@ -134,6 +135,7 @@ def _receive(
         workers=options.connections,
         check=verify != "none",
         sha256=sha256,
+        coded=coded_chunks(session, manifest),
     )
     transfer.run(on_progress)
     return transfer.report()

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from bzstream.client.coded import CodedChunks
 from bzstream.client.errors import TransientError, VersionChanged, WrongHash
 from bzstream.client.fetch_worker import FetchWorker
 from bzstream.client.journal import Journal
@@ -41,7 +42,7 @@ class Transfer:
     """One unit on its way; `run` does it all in the caller's thread and the threads it starts.
 
     `workers`: their number, None to find it out. `version`: what requests name. `check`: whether chunks are hashed.
-    `donor`: gives the chunks that the plan holds reserved.
+    `local`: gives the chunks that the plan holds reserved. `coded`: the unit's coded forms, None not to use any.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class Transfer:
         sha256: StreamingSha256 | None = None,
         journal: Journal | None = None,
         local: LocalChunkSource | None = None,
+        coded: CodedChunks | None = None,
     ) -> None:
         self._state = TransferState(
-            session, manifest, plan, sink, version=version, check=check, sha256=sha256, journal=journal
+            session, manifest, plan, sink, version=version, check=check, sha256=sha256, journal=journal, coded=coded
         )
         self._tuning = session.tuning
         self._session = session
@@ -72,7 +74,7 @@ class Transfer:
 
     @property
     def fetched(self) -> int:
-        """Payload bytes that came over the network."""
+        """Bytes that came over the network."""
         return self._state.fetched
 
     def report(self, path: Path | None = None) -> UnitReport:
@@ -84,6 +86,7 @@ class Transfer:
             seconds=self.seconds,
             connections=self.most_workers,
             refetched=self._state.refetched,
+            gained=self._state.coded.gained if self._state.coded is not None else 0,
         )
 
     def run(self, on_progress: Callable[[Progress], None]) -> None:
@@ -110,6 +113,8 @@ class Transfer:
                 # A name that is being looked up cannot be interrupted; the thread touches nothing of ours after it.
                 while worker.is_alive() and number not in state.connecting:
                     worker.join(0.05)
+            if state.coded is not None:
+                state.coded.close()
             if state.sha256 is not None and not state.plan.complete:
                 state.sha256.stop()
             self.seconds = time.monotonic() - began
@@ -137,6 +142,7 @@ class Transfer:
             present = state.plan.done_bytes + sum(chunk.covered for chunk in state.plan.chunks.values())
             verified = state.plan.done_bytes if state.check else 0
             fetched, connections = state.fetched, len(state.busy)
+        share = state.coded.share if state.coded is not None and state.coded.active else 1.0
         return Progress(
             label=manifest.unit.label,
             version=manifest.version,
@@ -147,8 +153,9 @@ class Transfer:
             hashed=state.sha256.position if state.sha256 is not None else 0,
             fetched=fetched,
             rate=state.rate,
-            seconds_left=(manifest.size - present) / state.rate if state.rate > 0 else None,
+            seconds_left=share * (manifest.size - present) / state.rate if state.rate > 0 else None,
             connections=connections,
+            gained=state.coded.gained if state.coded is not None else 0,
         )
 
     def _control_loop(self, on_progress: Callable[[Progress], None]) -> None:
@@ -171,6 +178,8 @@ class Transfer:
             self._session.raise_if_stopped()
             now = time.monotonic()
             state.rate = long_meter.update(now, state.fetched)
+            if state.coded is not None:
+                state.coded.update(state.rate)
             recent = short_meter.update(now, state.fetched)
             moment = self.progress()
             on_progress(moment)

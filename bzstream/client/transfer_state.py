@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from bzstream.client.coded import CodedChunks
 from bzstream.client.errors import ClientError
 from bzstream.client.journal import Journal
 from bzstream.client.manifest import Manifest
@@ -39,6 +40,7 @@ class TransferState:
         check: bool,
         sha256: StreamingSha256 | None,
         journal: Journal | None,
+        coded: CodedChunks | None,
     ) -> None:
         self.session = session
         self.tuning = session.tuning
@@ -51,6 +53,7 @@ class TransferState:
         """Whether chunks are compared with their hashes."""
         self.sha256 = sha256
         self.journal = journal
+        self.coded = coded
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)
         """There may be work, or everything is over."""
@@ -60,7 +63,7 @@ class TransferState:
         """What ends the transfer."""
         self.last_trouble: ClientError | None = None  # lock
         self.fetched = 0  # lock
-        """Payload bytes that came over the network."""
+        """Bytes that came over the network, of the payload or coded."""
         self.refetched = 0  # lock
         """Chunks that were wrong and fetched again."""
         self.rate = 0.0

@@ -86,6 +86,9 @@ class Tuning:
     backlog, the chunks under way, and a little."""
     backlog: int = 48 * MIB
     """Verified bytes ahead of the SHA-256 at which receiving may pause, if the hash decides when the pull ends."""
+    coded_after_s: float = 0.25
+    """How long a near link is measured before it is decided whether chunks are fetched coded. 0: they always
+    are."""
     sync_s: float = 2.0
     """How often the state file goes to the disk."""
     tick_s: float = 0.1

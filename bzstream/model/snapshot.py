@@ -279,5 +279,6 @@ def _unit(
 
 
 def _coded_etag(coding: UnitCoding) -> str:
-    """It changes with every byte, as the chunks' hashes are in it."""
-    return f'"{hashlib.sha256(json.dumps(coding.as_manifest()).encode("ascii")).hexdigest()}"'
+    """It changes with every byte, as the chunks' hashes are in it. Clients make it of the manifest (docs/coding.md)."""
+    entry = json.dumps(coding.as_manifest(), sort_keys=True, separators=(",", ":"))  # canonical: all of it is ASCII
+    return f'"{hashlib.sha256(entry.encode("ascii")).hexdigest()}"'

@@ -11,6 +11,7 @@ from bzstream.config import Settings
 from bzstream.errors import BzstreamError
 from bzstream.model.encode_units import encode_current
 from bzstream.model.store import Store
+from bzstream.util.files import file_stamp
 from bzstream.util.warn_once import WarnOnce
 
 __all__ = ["run"]
@@ -28,7 +29,7 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
     signer = await asyncio.to_thread(load_key, settings.node.wallet) if settings.node.wallet else None
     bases = settings.coding.bases
     failures = WarnOnce(log.warning)
-    done: str | None = None
+    done: object = None
     while not stop.is_set():
         pause = PAUSE_S
         current = store.current()
@@ -36,13 +37,14 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
         def given_up(current: str | None = current) -> bool:
             return stop.is_set() or store.current() != current
 
-        if current is not None and current != done:
+        version = _stamp(store, current)
+        if current is not None and version != done:
             try:
                 # The thread ends at its next chunk; the process waits for it.
                 complete = await asyncio.to_thread(encode_current, store, bases=bases, signer=signer, stop=given_up)
                 failures.succeeded()
                 if complete:
-                    done = current
+                    done = version
                     log.info("coded", version=current)
             except (BzstreamError, OSError) as error:
                 failures.failed("cannot code this version, it is served as it is", reason=str(error))
@@ -51,3 +53,8 @@ async def run(settings: Settings, stop: asyncio.Event) -> None:
             await asyncio.wait_for(stop.wait(), pause)
         except TimeoutError:
             pass
+
+
+def _stamp(store: Store, version: str | None) -> object:
+    """What changes when another version becomes current, or this one is signed."""
+    return version and (version, file_stamp(store.folder(version) / "snapshot.json"))

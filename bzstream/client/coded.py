@@ -1,0 +1,191 @@
+"""Whether chunks are fetched coded, and which of a unit's codings serve: fewer bytes on the link, at a core's expense.
+
+Pure decisions and decoding; the workers do the fetching. A coding is used as long as the processor decodes faster than
+the link brings coded bytes: `update` is told the link's rate, and every decoded chunk shows the processor's. On a far
+link coding begins at once, on a near one when a quarter of a second has shown that it is slow. A difference needs the
+file of its base: the file of an earlier pull, if its SHA-256 is the one that the coding names.
+
+Nothing here is trusted: the coded bytes are compared with the manifest's hash of them, decoded within bounds, and the
+result is compared with the manifest's hash of the chunk. Any thread; the lock is held for microseconds.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from blake3 import blake3
+
+from bzstream.client.manifest import Coding, Manifest
+from bzstream.client.session import Session
+from bzstream.client.tuning import Tuning
+
+if TYPE_CHECKING:
+    from bzstream.coding import Decoder
+
+__all__ = ["BaseFile", "CodedChunks", "coded_chunks"]
+
+FIRST_DECODE_RATE = 0.5e9
+"""Bytes of chunks that a core is taken to decode a second before the first was decoded (measured: 0.6 to 1.3 GB/s)."""
+HEADROOM = 2.0
+"""Decoding must be so many times faster than the link: the cores also receive, hash and write."""
+SUPPORTED = "planes-1"
+"""bzstream.coding.NAME, written here because importing that package costs numpy, which a plain pull does not need."""
+
+
+class BaseFile(Protocol):
+    """The file of an earlier pull."""
+
+    size: int
+
+    def sha256(self, stopped: threading.Event) -> bytes | None:
+        """The digest of the whole file; None when it was stopped."""
+
+    def read_at(self, offset: int, view: memoryview) -> bool:
+        """Fill `view`; False if the file ends first."""
+
+
+class CodedChunks:
+    """The codings of one unit that is being fetched. `cores`: how many may decode."""
+
+    def __init__(
+        self, manifest: Manifest, tuning: Tuning, *, far: bool, base: BaseFile | None = None, cores: int | None = None
+    ) -> None:
+        self._manifest = manifest
+        self._tuning = tuning
+        self._cores = cores or len(os.sched_getaffinity(0))
+        known = [coding for coding in manifest.codings if coding.name == SUPPORTED]
+        self._alone = [coding for coding in known if coding.base is None][:1]
+        self._differences = [coding for coding in known if coding.base is not None] if base is not None else []
+        self._base = base
+        self._base_hash: bytes | None = None
+        self._stopped = threading.Event()
+        self._base_thread: threading.Thread | None = None
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._began = time.monotonic()
+        self._plain_only: set[int] = set()  # lock
+        """Chunks that have to be fetched as they are."""
+        self._without: set[int] = set()  # lock
+        """Numbers of mirrors that do not have these codings, or sent wrong bytes of them."""
+        self._decoded_bytes, self._decode_s = 0, 0.0  # lock
+        self.gained = 0  # lock
+        """Bytes of decoded chunks less those that came over the network for them."""
+        self.active = False
+        """Whether chunks are to be fetched coded now."""
+        self.undecided = bool(self._alone or self._differences)
+        """The link has not been measured yet."""
+        if self.undecided and (far or tuning.coded_after_s == 0):
+            self._decide(True)
+
+    def update(self, rate: float) -> None:
+        """The link brings `rate` bytes a second. Called again and again by one thread."""
+        after = self._tuning.coded_after_s
+        if rate > 0 and after > 0 and time.monotonic() - self._began >= after and (self._alone or self._differences):
+            self._decide(self.worth(rate))
+
+    def worth(self, rate: float) -> bool:
+        """Whether the cores decode what a link of `rate` bytes a second brings, with headroom."""
+        with self._lock:
+            decode_rate = self._decoded_bytes / self._decode_s if self._decode_s > 0.01 else FIRST_DECODE_RATE
+        return rate / self.share * HEADROOM < decode_rate * self._cores
+
+    @property
+    def share(self) -> float:
+        """Bytes on the link for one byte of the unit, with the best coding at hand."""
+        usable = self._usable()
+        return min((coding.size / self._manifest.size for coding in usable), default=1.0) or 1.0
+
+    def choose(self, index: int, mirror: int) -> Coding | None:
+        """The coding with which to fetch a chunk from a mirror; None: as it is."""
+        with self._lock:
+            if not self.active or index in self._plain_only or mirror in self._without:
+                return None
+        best = min(self._usable(), key=lambda coding: coding.chunks[index][1], default=None)
+        return best if best is not None and best.chunks[index][1] < self._manifest.chunk_length(index) else None
+
+    def decode(self, index: int, coding: Coding, coded: memoryview, chunk: memoryview) -> bool:
+        """Decode into `chunk` and check it. False: it is not the chunk, and `coding` is used no more."""
+        decoder, base = self._tools()
+        other: memoryview | None = None
+        if coding.base is not None:
+            assert self._base is not None
+            start = index * self._manifest.chunk_size
+            other = base[: max(0, min(len(chunk), self._base.size - start))]
+            if not self._base.read_at(start, other):
+                other = None
+        from bzstream.coding import CodingError
+
+        began = time.thread_time()
+        try:
+            decoder.decode(coded, chunk, other)
+            good = blake3(chunk).digest() == self._manifest.chunks[index]
+        except CodingError:
+            good = False
+        spent = time.thread_time() - began
+        with self._lock:
+            if good:
+                self._decoded_bytes += len(chunk)
+                self._decode_s += spent
+                self.gained += len(chunk) - len(coded)
+        if not good:
+            self._give_up(coding)
+        return good
+
+    def skip_chunk(self, index: int) -> None:
+        """The chunk is to be fetched as it is."""
+        with self._lock:
+            self._plain_only.add(index)
+
+    def skip_mirror(self, mirror: int) -> bool:
+        """Nothing coded comes from this mirror; whether that is news."""
+        with self._lock:
+            news = mirror not in self._without
+            self._without.add(mirror)
+        return news
+
+    def close(self) -> None:
+        """End what runs in the background."""
+        self._stopped.set()
+        if self._base_thread is not None:
+            self._base_thread.join()
+
+    def _decide(self, active: bool) -> None:
+        self.undecided = False
+        self.active = active
+        if active and self._differences and self._base_thread is None:
+            self._base_thread = threading.Thread(target=self._hash_base, name="bzstream-base", daemon=True)
+            self._base_thread.start()
+
+    def _hash_base(self) -> None:
+        assert self._base is not None
+        self._base_hash = self._base.sha256(self._stopped)
+
+    def _usable(self) -> Sequence[Coding]:
+        known = self._base_hash
+        return [*self._alone, *(coding for coding in self._differences if known is not None and coding.base == known)]
+
+    def _give_up(self, coding: Coding) -> None:
+        self._alone = [other for other in self._alone if other is not coding]
+        self._differences = [other for other in self._differences if other is not coding]
+
+    def _tools(self) -> tuple[Decoder, memoryview]:
+        """This thread's decoder and memory for a chunk of the base."""
+        if not hasattr(self._local, "decoder"):
+            from bzstream.coding import Decoder
+
+            self._local.decoder = Decoder()
+            self._local.base = memoryview(bytearray(self._manifest.chunk_size if self._base is not None else 0))
+        return self._local.decoder, self._local.base
+
+
+def coded_chunks(session: Session, manifest: Manifest, *, base: BaseFile | None = None) -> CodedChunks | None:
+    """The coded forms of a unit for a transfer by this session; None when the manifest lists none."""
+    if not manifest.codings:
+        return None
+    rtts = [mirror.rtt for mirror in session.mirrors if mirror.rtt]
+    far = bool(rtts) and min(rtts) >= session.tuning.near_rtt_s
+    return CodedChunks(manifest, session.tuning, far=far, base=base)
