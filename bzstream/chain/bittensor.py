@@ -24,7 +24,9 @@ from typing import Any, TypeVar
 import structlog
 
 from bzstream.chain.clock import Cycle
+from bzstream.chain.commitments import RoundCommitments
 from bzstream.chain.keys import Key, is_hotkey
+from bzstream.chain.sdk_commitments import read_commitments
 from bzstream.chain.sdk_weights import SdkChain
 from bzstream.chain.state import ChainState
 from bzstream.chain.weight_setter import RoundLedger, WeightSetter
@@ -102,6 +104,9 @@ class _Watcher:
         self._cycle = cycle
         self._offer = offer
         self._key = key
+        self._ledger = ledger
+        self._committed: int | None = None
+        """The round whose commitments were read last."""
         self._setter = WeightSetter(ledger, cycle, settings, key) if ledger is not None and key is not None else None
         self.heads = 0
         """Heads seen, over all sessions."""
@@ -150,6 +155,7 @@ class _Watcher:
         if self._registered_at is None or not 0 <= block - self._registered_at < METAGRAPH_BLOCKS:
             await self._read_metagraph(client, block)
         await self._read_seeds(client, substrate, block)
+        await self._read_commitments(client, block)
         self.heads += 1
         self._offer(
             ChainState(
@@ -197,6 +203,28 @@ class _Watcher:
                 if form is None:
                     raise ChainError(f"the node's hash of block {seed} is not one")
                 self._hashes[seed] = form[1]
+
+    async def _read_commitments(self, client: Any, block: int) -> None:
+        """Read what the miners committed for this cycle's round, once the last block of the commit phase is final."""
+        import bittensor
+
+        round_, phase = self._cycle.round(block), self._cycle.commit_phase(block)
+        if self._ledger is None or round_ == self._committed or not phase or block < phase.stop:
+            return
+        if await self._step("the finalized block", client.finalized_block()) < phase.stop - 1:
+            return
+        try:
+            first, last = self._cycle.start(block), phase.stop - 1
+            found = await self._step("commitments", read_commitments(client, self._netuid, first, last))
+            await self._ledger.write_commitments(RoundCommitments(round_, found))
+        except bittensor.ChainError as error:  # a node that has dropped the state of that block will not get it again
+            _log.warning("the commitments cannot be read; this round has none", round=round_, reason=str(error))
+        except BzstreamError as error:
+            if isinstance(error, ChainError):
+                raise
+            _log.warning("the commitments cannot be written yet", round=round_, reason=str(error))
+            return
+        self._committed = round_
 
     async def _step(self, what: str, waiting: Awaitable[_T]) -> _T:
         try:

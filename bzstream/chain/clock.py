@@ -54,6 +54,10 @@ class Cycle:
     def _distribute(self) -> range:
         return self._positions("distribute")
 
+    @cached_property
+    def _commit(self) -> range:
+        return self._positions("commit")
+
     def _positions(self, shown_as: ShownAs) -> range:
         """The positions of the first phases in a row that are shown as `shown_as`; the cycle has one."""
         found, at = range(0), 0
@@ -89,6 +93,11 @@ class Cycle:
     def round(self, block: int) -> int:
         """First block of the submit phase in the cycle that `block` lies in: the name of the round."""
         return self.start(block) + self._submit.start
+
+    def commit_phase(self, block: int) -> range:
+        """Blocks of the commit phase before the submit phase, in the cycle that `block` lies in; may be empty."""
+        start, commit = self.start(block), self._commit
+        return range(start + commit.start, start + commit.stop) if commit.stop <= self._submit.start else range(0)
 
     def seed_block(self, round_: int) -> int:
         """First block after the submit phase of `round_`: its hash is the evaluation's seed."""

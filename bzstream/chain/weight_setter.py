@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import structlog
 
 from bzstream.chain.clock import Cycle
+from bzstream.chain.commitments import RoundCommitments
 from bzstream.chain.keys import Key
 from bzstream.chain.weights import (
     Limits,
@@ -84,6 +85,7 @@ class RoundLedger(Protocol):
         """Those of the newest earlier round that has any."""
 
     async def write_round_weights(self, weights: RoundWeights, /) -> None: ...
+    async def write_commitments(self, commitments: RoundCommitments, /) -> None: ...
 
 
 class Subnet(NamedTuple):

@@ -25,7 +25,7 @@ from bzstream.errors import BzstreamError
 __all__ = ["command_line", "main"]
 
 COMMANDS = (
-    "publish", "inspect", "versions", "use", "remove", "sign", "serve", "pull", "submit", "bench", "evaluate",
+    "publish", "inspect", "versions", "use", "remove", "sign", "serve", "pull", "commit", "submit", "bench", "evaluate",
     "weights", "demo",
 )  # fmt: skip
 """In the order of a subnet's day: the file `cli/<name>.py` holds the function `<name>`."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, and_, bindparam, case, select, update
 
+from bzstream.submissions.commitments import committed_block
 from bzstream.submissions.schema import LedgerError, db_now, submissions
 from bzstream.submissions.states import FINAL, LEASED, Status, predecessors
 from bzstream.submissions.types import Job, SubmissionRow
@@ -142,6 +143,8 @@ def advance_all(connection: Connection, advances: Sequence[Advance]) -> Sequence
             # The same bytes fetched again, after an evaluator died, keep the time (and the precedence) they had.
             same = and_(_table.fetched_at.is_not(None), _table.content_hash == advance.values.get("content_hash"))
             values["fetched_at"] = case((same, _table.fetched_at), else_=db_now())
+            content_hash = str(advance.values.get("content_hash"))
+            values["committed_block"] = committed_block(connection, job.record.round, job.record.hotkey, content_hash)
         if status == "evaluating":
             values["evaluating_at"] = db_now()
         if status in FINAL:

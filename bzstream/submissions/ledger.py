@@ -25,10 +25,12 @@ from typing import Any, Self, TypeVar
 
 from sqlalchemy import ColumnElement, Connection, bindparam, delete, func, insert, select, true, update
 
+from bzstream.chain.commitments import RoundCommitments
 from bzstream.chain.round_base import RoundBase
 from bzstream.chain.state import ChainState
 from bzstream.chain.weights import RoundWeights
 from bzstream.submissions.admission import Admission
+from bzstream.submissions.commitments import write_all
 from bzstream.submissions.database import Database, LedgerUnavailable
 from bzstream.submissions.leases import (
     COLUMNS,
@@ -193,6 +195,10 @@ class Ledger(_Base):
         """Keep what became of a round's weights, in place of what was known before."""
         self._writer.call(_write_round_weights, weights)
 
+    def write_commitments(self, commitments: RoundCommitments) -> None:
+        """Keep what the miners committed on the chain for a round, in place of what was known before."""
+        self._writer.call(write_all, commitments)
+
     def write_evaluation(self, row: EvaluationRow) -> None:
         """Keep the evaluation of a submission, in place of an earlier one of it."""
         self._writer.call(_write_evaluations, row)
@@ -257,6 +263,10 @@ class AsyncLedger(_Base):
     async def write_round_weights(self, weights: RoundWeights) -> None:
         """As Ledger.write_round_weights."""
         await self._writer.submit(_write_round_weights, weights)
+
+    async def write_commitments(self, commitments: RoundCommitments) -> None:
+        """As Ledger.write_commitments."""
+        await self._writer.submit(write_all, commitments)
 
     async def round_bases(self, since: int) -> dict[int, str]:
         """Round -> the model version that it is scored against, of the rounds from `since` on."""

@@ -25,6 +25,7 @@ from sqlalchemy import (
     inspect,
     literal,
     select,
+    text,
     update,
 )
 from sqlalchemy.ext.compiler import compiles
@@ -36,6 +37,7 @@ __all__ = [
     "MIGRATIONS",
     "LedgerError",
     "chain_state",
+    "commitments",
     "db_now",
     "evaluations",
     "evaluators",
@@ -100,6 +102,7 @@ submissions = Table(
     Column("loss", Float(53)),
     Column("score", Float(53)),
     Column("attempts", Integer, nullable=False),
+    Column("committed_block", BigInteger),  # of a commitment on the chain to the file that was fetched
     Column("worker", Text),
     Column("lease_token", Text),
     Column("lease_expires", Float(53)),
@@ -152,6 +155,15 @@ round_bases = Table(
     Column("block", BigInteger, nullable=False),  # at which the version was seen in force
 )
 
+commitments = Table(
+    "commitments",
+    _metadata,
+    Column("round", BigInteger, primary_key=True, autoincrement=False),
+    Column("hotkey", Text, primary_key=True),
+    Column("text", Text, nullable=False),
+    Column("block", BigInteger, nullable=False),
+)
+
 evaluations = Table(
     "evaluations",
     _metadata,
@@ -186,7 +198,14 @@ def _round_weights(connection: Connection) -> None:
     _weights_set.drop(connection)
 
 
-MIGRATIONS: Sequence[Callable[[Connection], None]] = (_first, _evaluations, _round_bases, _round_weights)
+def _commitments(connection: Connection) -> None:
+    commitments.create(connection)
+    columns = {column["name"] for column in inspect(connection).get_columns(submissions.name)}
+    if "committed_block" not in columns:  # a new ledger's table has it from the start
+        connection.execute(text("ALTER TABLE submissions ADD COLUMN committed_block BIGINT"))
+
+
+MIGRATIONS: Sequence[Callable[[Connection], None]] = (_first, _evaluations, _round_bases, _round_weights, _commitments)
 
 
 def migrate(connection: Connection, migrations: Sequence[Callable[[Connection], None]] = MIGRATIONS) -> None:

@@ -22,6 +22,10 @@ __all__ = [
 ]
 
 
+BEFORE_ALL_TIMES = 1e10
+"""Taken from a block's number it gives a precedence below every time in seconds since the epoch (2e9 in 2033)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Submission:
     """What a miner's request says, read and checked."""
@@ -115,13 +119,18 @@ class SubmissionRow:
     loss: float | None
     score: float | None
     attempts: int
+    committed_block: int | None
+    """The block of a commitment on the chain to the file that was fetched."""
 
     @property
     def precedence(self) -> float:
-        """When this one counts as made, for telling the first from a copy: the earlier wins.
+        """When this one counts as made, for telling the first from a copy: the lower wins.
 
-        The time of the submission if it signed a hash that the file turned out to have, else the time our fetch ended.
+        The block of a commitment on the chain to this file, before everything else; else the time of the submission if
+        it signed a hash that the file turned out to have; else the time our fetch ended.
         """
+        if self.committed_block is not None:
+            return self.committed_block - BEFORE_ALL_TIMES
         if self.checkpoint_hash is not None and self.checkpoint_hash == self.content_hash:
             return self.received_at
         return math.inf if self.fetched_at is None else self.fetched_at

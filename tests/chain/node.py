@@ -176,8 +176,10 @@ class FakeNode:
                 return [{"block": block.hash, "changes": list(zip(params[0], found, strict=True))}]
             case "state_getRuntimeVersion":
                 return VERSION
-            case "state_getKeysPaged":  # token symbols
-                return []
+            case "state_getKeysPaged":
+                prefix, count, after, at = params
+                keys = chain.keys(bytes.fromhex(prefix[2:]), self._block(at))
+                return ["0x" + key.hex() for key in keys if key > bytes.fromhex(after[2:])][:count]
             case "account_nextIndex":
                 return chain.next_nonce(params[0])
             case "author_submitAndWatchExtrinsic":

@@ -196,7 +196,7 @@ class Subtensor:
         if self.head.number >= valid_until:
             raise PoolError(1010, "Invalid Transaction", "Transaction is outdated")
         call = found["call"]
-        assert call["call_module"] == _PALLET
+        assert call["call_module"] in (_PALLET, "Commitments")
         arguments = {argument["name"]: argument["value"] for argument in call["call_args"]}
         return Extrinsic(
             data,
@@ -264,6 +264,11 @@ class Subtensor:
             return block.events
         return (self.storage if block is self.head else block.storage).get(key)
 
+    def keys(self, prefix: bytes, block: Block) -> list[bytes]:
+        """The keys with this prefix in the storage as it was after `block`."""
+        storage = self.storage if block is self.head else block.storage
+        return sorted(key for key in storage if key.startswith(prefix))
+
     def _event(self, index: int, error: str | None) -> dict[str, Any]:
         info = {"weight": {"ref_time": 1, "proof_size": 1}, "class": "Normal", "pays_fee": "No"}
         if error is None:
@@ -278,6 +283,7 @@ class Subtensor:
         calls = {
             "set_mechanism_weights": self._set_weights,
             "commit_timelocked_mechanism_weights": self._commit_weights,
+            "set_commitment": self._set_commitment,
         }
         try:
             calls[extrinsic.call](extrinsic.signer, extrinsic.arguments)
@@ -314,6 +320,12 @@ class Subtensor:
         uid = self._may_set(signer, arguments)
         self.commits.append(Commit(self.head.number, signer, arguments))
         self._updated(uid)
+
+    def _set_commitment(self, signer: str, arguments: dict[str, Any]) -> None:
+        entry = self.runtime.storage_entry("Commitments", "CommitmentOf")
+        held = {"deposit": 0, "block": self.head.number, "info": arguments["info"]}
+        key = bytes(self.runtime.storage_key("Commitments", "CommitmentOf", [arguments["netuid"], signer]))
+        self.storage[key] = bytes(self.runtime.encode(entry.value_type, held))
 
     def _may_set(self, signer: str, arguments: dict[str, Any]) -> int:
         if (arguments["netuid"], arguments["mecid"]) != (NETUID, 0):

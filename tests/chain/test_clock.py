@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bzstream.chain.clock import Cycle
+from bzstream.chain.clock import Cycle, Phase
 from bzstream.config import ChainSettings, ConfigError, ShownAs, load
 
 NINE: list[tuple[str, int, ShownAs]] = [
@@ -52,6 +52,10 @@ def test_nine_phases() -> None:
     ]  # fmt: skip
     assert (cycle.start(506), cycle.start(507), cycle.last_distribute_block(400)) == (7, 507, 26)
     assert (cycle.round(400), cycle.seed_block(347)) == (347, 427)
+    assert cycle.commit_phase(400) == range(327, 347)
+    assert Cycle().commit_phase(12530) == range(12500, 12520)
+    bare = Cycle((Phase("d", 5, "distribute"), Phase("s", 5, "submit"), Phase("c", 5, "commit")))
+    assert len(bare.commit_phase(7)) == 0
     assert [cycle.due_round(block) for block in (426, 427, 926, 927)] == [None, 347, 347, 847]
     assert (cycle.blocks_to_seed(420), cycle.blocks_to_seed(430)) == (7, 0)
 

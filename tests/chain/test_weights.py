@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bzstream.chain.clock import Cycle
+from bzstream.chain.commitments import RoundCommitments
 from bzstream.chain.keys import Key
 from bzstream.chain.weight_setter import (
     ERA_BLOCKS,
@@ -160,6 +161,9 @@ class MemoryLedger:
 
     async def write_round_weights(self, weights: RoundWeights, /) -> None:
         self.kept[weights.round] = weights
+
+    async def write_commitments(self, _: RoundCommitments, /) -> None:
+        raise AssertionError("setting weights writes no commitments")
 
 
 class MemoryChain:

@@ -18,6 +18,7 @@ import psycopg
 import pytest
 from sqlalchemy import Connection, text
 
+from bzstream.chain.commitments import Commitment, RoundCommitments, commitment_text
 from bzstream.chain.round_base import RoundBase
 from bzstream.chain.state import ChainState
 from bzstream.chain.weights import RoundWeights
@@ -493,3 +494,32 @@ def test_an_evaluation_is_kept_in_place_of_an_earlier_one(ledger: Ledger) -> Non
     assert ledger.evaluation("a") == rows[1]
     assert ledger.evaluation("d") is None
     assert ledger.evaluations(ROUND, 1) == [dataclasses.replace(rows[1], record="")]
+
+
+@pytest.mark.parametrize("first", ["fetched", "committed"])
+def test_a_commitment_gives_precedence_to_the_file_it_is_about(ledger: Ledger, first: str) -> None:
+    """Whichever the ledger learns first: the commitment, or what the file turned out to be."""
+    files = {HOTKEYS[0]: "ab" * 32, HOTKEYS[1]: "ab" * 32, HOTKEYS[2]: "cd" * 32}
+    found = RoundCommitments(
+        ROUND,
+        {
+            HOTKEYS[0]: Commitment(commitment_text(HOTKEYS[0], "ab" * 32), 12505),
+            HOTKEYS[1]: Commitment(commitment_text(HOTKEYS[0], "ab" * 32), 12504),  # copied from the first
+            HOTKEYS[2]: Commitment(commitment_text(HOTKEYS[2], "ef" * 32), 12503),  # to another file
+        },
+    )
+    ids = {hotkey: accepted(ledger.accept(candidate(hotkey))) for hotkey in files}
+    if first == "committed":
+        ledger.write_commitments(found)
+    for job in claim(ledger, limit=3):
+        job = ledger.advance(job, "verifying", content_hash=f"sha256:{files[job.record.hotkey]}")
+        assert job.record.committed_block == (
+            12505 if (first, job.record.hotkey) == ("committed", HOTKEYS[0]) else None
+        )
+    for _ in range(2):
+        ledger.write_commitments(found)
+    rows = {hotkey: find(ledger, ids[hotkey]) for hotkey in files}
+    assert [rows[hotkey].committed_block for hotkey in files] == [12505, None, None]
+    assert rows[HOTKEYS[0]].precedence < min(rows[HOTKEYS[1]].precedence, rows[HOTKEYS[2]].precedence)
+    ledger.write_commitments(RoundCommitments(ROUND - 420, {}))
+    assert find(ledger, ids[HOTKEYS[0]]).committed_block == 12505
