@@ -35,8 +35,20 @@ _PERMANENT = frozenset(
 """Errors of the pallet, and of the pool in its name, that the next block will give again."""
 _PERMANENT_CODES = frozenset({"not_registered", "not_authorized", "invalid_argument"})
 """The SDK's codes of what it finds by itself before it signs, where it gives no name of the pallet."""
-_OPEN = frozenset({"AlreadyImported", "Dropped", "FinalityTimeout", "Invalid", "Retracted", "Usurped"})
-"""Ends of a watch that do not say whether the extrinsic is, or will be, in a block."""
+_OPEN = frozenset(
+    {
+        "AlreadyImported",
+        "Dropped",
+        "FinalityTimeout",
+        "Invalid",
+        "PriorityTooLow",
+        "Retracted",
+        "Stale",
+        "Usurped",
+    }
+)
+"""Answers that do not say whether our weights are, or will be, in a block. With PriorityTooLow and Stale another
+extrinsic of ours has the same nonce: one that was handed to another node, perhaps."""
 
 
 class UnknownOutcome(BzstreamError):

@@ -52,6 +52,8 @@ REFUSED_RETRY_BLOCKS = 100
 ERA_BLOCKS = 16
 """Blocks in which a signed extrinsic may be included. Finality takes about 3; the SDK's own 128 would leave half an
 hour in which an attempt without an answer could still land."""
+SLACK_BLOCKS = 8
+"""How far the chain may be from the head that we knew when we signed: a node that is ahead, a short reorganisation."""
 ATTEMPT_S = 300.0
 """Longest attempt; finality takes about 30 s."""
 
@@ -134,6 +136,7 @@ class WeightSetter:
         self._cycle = cycle
         self._settings = settings
         self._key = key
+        self._head = 0
         self._done: int | None = None
         self._round: int | None = None
         """The round that was due at the last block; `_not_before` is about this one."""
@@ -147,6 +150,7 @@ class WeightSetter:
 
         `last_update`: when our weights were last set, as far as is known.
         """
+        self._head = block
         round_ = self._cycle.due_round(block)
         if round_ != self._round:
             self._round, self._not_before = round_, 0
@@ -217,7 +221,7 @@ class WeightSetter:
 
         async def note() -> None:
             nonlocal weights
-            weights = replace(weights, outcome="sent", attempts=weights.attempts + 1, block=block)
+            weights = replace(weights, outcome="sent", attempts=weights.attempts + 1, block=self._head)
             await self._keep(weights)
 
         signer = NotingSigner(self._key, note)
@@ -256,9 +260,9 @@ class WeightSetter:
         """Ask the chain what became of an attempt: set, still open ("sent"), or dead ("due")."""
         assert weights.block is not None
         final, last_update = await chain.settled(self._key.ss58_address)
-        if last_update is not None and last_update > weights.block:
+        if last_update is not None and last_update > weights.block - SLACK_BLOCKS:
             return await self._landed(replace(weights, block=last_update))
-        if final < weights.block + ERA_BLOCKS:
+        if final < weights.block + ERA_BLOCKS + SLACK_BLOCKS:
             return weights
         dead = replace(weights, outcome="due", reason=weights.reason or "the extrinsic did not land in its era")
         return await self._keep(dead)

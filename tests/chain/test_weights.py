@@ -257,8 +257,30 @@ async def test_without_an_answer_the_chain_is_asked_before_another_attempt() -> 
 @in_loop
 async def test_what_did_not_land_in_its_era_is_sent_again() -> None:
     ledger, chain = MemoryLedger(Round([Result("a")])), MemoryChain(no_answer, lands)
-    await drive(setter_of(ledger), chain, range(12600, 12650))
+    await drive(setter_of(ledger), chain, range(12600, 12660))
     assert (len(chain.sent), ledger.kept[12520].outcome) == (2, "set")
+
+
+@in_loop
+async def test_an_era_begins_with_the_signature_not_with_the_attempt() -> None:
+    """An attempt can take long before it signs: until then the chain goes on."""
+    ledger, chain = MemoryLedger(Round([Result("a")])), MemoryChain(no_answer, lands)
+    setter, asked = setter_of(ledger), asyncio.Event()
+    subnet = chain.subnet
+
+    async def slow_subnet() -> Subnet:
+        await asked.wait()
+        return await subnet()
+
+    chain.subnet = slow_subnet  # type: ignore[method-assign]
+    for block in range(12600, 12620):
+        setter.consider(block, None, chain)
+        await asyncio.sleep(0)
+    asked.set()
+    while (sent := ledger.kept.get(12520)) is None or sent.outcome != "sent":
+        await asyncio.sleep(0)
+    assert sent.block == 12619
+    await setter.close()
 
 
 @in_loop

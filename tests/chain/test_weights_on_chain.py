@@ -204,9 +204,9 @@ async def test_a_full_pool_is_tried_again(tmp_path: Path) -> None:
     with_scores(tmp_path / "ledger", {HOTKEYS[0]: 3.0})
     async with FakeNode() as node:
         subnet(node, commit_reveal=False)
-        node.pool_answers = [PoolError(1014, "Priority is too low: (1 vs 2)", "The transaction has too low priority")]
+        node.pool_answers = [PoolError(1010, "Invalid Transaction", "Transaction would exhaust the block limits")]
         async with role(node, tmp_path / "ledger") as ledger:
-            assert "Priority" in str((await outcome(ledger, "due")).reason)
+            assert "ExhaustsResources" in str((await outcome(ledger, "due")).reason)
             await node.subscribed()
             await node.mine(DUE + 5)
             await node.until(lambda: bool(node.chain.pool))

@@ -21,6 +21,11 @@ from tests.chain.test_weights_on_chain import DUE, VALIDATOR, role, subnet, with
 from tests.seeds import seeds
 from tests.submissions.values import HOTKEYS, ROUND, in_loop
 
+POOL_ANSWERS = (
+    PoolError(1010, "Invalid Transaction", "Transaction would exhaust the block limits"),
+    PoolError(1014, "Priority is too low: (1 vs 2)", "The transaction has too low priority"),
+    PoolError(1016, "Immediately Dropped", "The transaction couldn't enter the pool because of the limit"),
+)
 BLOCKS = 45
 """Of the bad luck; then the chain goes on in peace until the round's outcome is known."""
 
@@ -37,7 +42,7 @@ async def misfortune(luck: random.Random, node: FakeNode) -> None:
         case "reorganise":
             node.chain.reorganise(luck.randint(1, 3))
         case "pool":
-            node.pool_answers.append(PoolError(1014, "Priority is too low: (1 vs 2)", "too low priority"))
+            node.pool_answers.append(luck.choice(POOL_ANSWERS))
         case "neurons":
             miners = list(HOTKEYS)
             luck.shuffle(miners)
