@@ -31,6 +31,7 @@ from bzstream.http import (
     Router,
     Server,
 )
+from bzstream.http.io.transports import unacknowledged
 from bzstream.http.send.sender import Sender
 from bzstream.payload import Extent, Payload, UnitFile
 
@@ -140,6 +141,24 @@ class TinyApplication:
         raise RuntimeError("secret detail")
 
 
+class ManualClock:
+    """Time that passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.calls = 0
+
+    def __call__(self) -> float:
+        self.calls += 1
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass, and wait until the server has seen to all that is due."""
+        self.now += seconds
+        seen = self.calls
+        wait_until(lambda: self.calls > seen + 5)
+
+
 class Running:
     """A server running on its own thread and loop."""
 
@@ -149,10 +168,12 @@ class Running:
         settings: HttpSettings,
         *,
         uv: bool = True,
+        clock: Callable[[], float] = time.monotonic,
         make_sender: Callable[..., Sender] = Sender,
         make_listener: Callable[[], socket.socket] = lambda: socket.create_server(("127.0.0.1", 0)),
     ) -> None:
         self.application = application
+        self._clock = clock
         self._make_sender = make_sender
         self._make_listener = make_listener
         self.observer = Recorder()
@@ -184,7 +205,9 @@ class Running:
         self._stop = asyncio.Event()
         listener = self._make_listener()
         self.port: int = listener.getsockname()[1]
-        self.server = Server(self.settings, self.application, self.observer, make_sender=self._make_sender)
+        self.server = Server(
+            self.settings, self.application, self.observer, clock=self._clock, make_sender=self._make_sender
+        )
         self.server.start([listener])
         self._ready.set()
         await self._stop.wait()
@@ -204,6 +227,12 @@ class Running:
 
         self.loop.call_soon_threadsafe(run)
         assert done.wait(10)
+
+    def heard(self, client: Client) -> None:
+        """Wait until the server has taken what a client has sent."""
+        wait_until(lambda: unacknowledged(client.socket.fileno()) == 0)
+        for _ in range(3):
+            self.call(lambda: None)
 
     def connect(self, *, receive_buffer: int | None = None) -> Client:
         return Client(self.port, receive_buffer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +15,16 @@ from bzstream.config import HttpSettings
 from bzstream.http import Server
 from bzstream.http.io.server import TURN_S
 from bzstream.payload import UnitFile
-from tests.http.support import AUTH, Client, Recorder, Running, TinyApplication, no_descriptor_leak, wait_until
+from tests.http.support import (
+    AUTH,
+    Client,
+    ManualClock,
+    Recorder,
+    Running,
+    TinyApplication,
+    no_descriptor_leak,
+    wait_until,
+)
 from tests.http.transport import MemoryTransport
 
 Serve = Callable[..., Running]
@@ -33,22 +41,33 @@ def write_for_ever(client: Client) -> None:
 
 
 def test_a_head_that_comes_too_slowly(serve: Serve) -> None:
-    server = serve(head_timeout_s=0.8, idle_timeout_s=20)
+    clock = ManualClock()
+    server = serve(head_timeout_s=8, idle_timeout_s=20, parts={"clock": clock})
     with server.connect() as client, server.connect() as silent:
-        begun = time.monotonic()
-        for letter in "GET /h":
-            client.send(letter)
-            time.sleep(0.02)
+        client.send("GET /h")
+        server.heard(client)
+        clock.advance(7)
+        client.send("ea")
+        server.heard(client)
+        assert server.server.connections == 2
+        clock.advance(2)
         answer = client.read()
+        server.heard(client)
         assert (answer.status, answer.code) == (408, "request_timeout")
-        assert client.ends()
         assert silent.ends(), "a connection that never sent a byte is closed without an answer"
-        assert 0.75 < time.monotonic() - begun < 4
+        clock.advance(3)
+        assert client.ends()
     with server.connect() as client:
         client.send(HEALTH)
         client.read()
+        server.heard(client)
+        clock.advance(7)
         client.send("GET /h")
-        assert client.read().status == 408, "the time-out counts anew for each request"
+        server.heard(client)
+        clock.advance(7)
+        assert server.server.connections == 1, "the time-out counts anew for each request"
+        clock.advance(2)
+        assert client.read().status == 408
 
 
 def test_many_deadlines_that_expire_at_once_keep_nobody_waiting(unit_path: Path) -> None:
@@ -87,21 +106,33 @@ def test_many_deadlines_that_expire_at_once_keep_nobody_waiting(unit_path: Path)
 
 
 def test_a_body_that_comes_too_slowly(serve: Serve) -> None:
-    server = serve(body_timeout_s=0.3)
+    clock = ManualClock()
+    server = serve(body_timeout_s=10, parts={"clock": clock})
     with server.connect() as client:
         client.send(BODY + "hel")
+        server.heard(client)
+        clock.advance(9)
+        client.send("l")
+        server.heard(client)
+        clock.advance(2)
         answer = client.read()
+        server.heard(client)
         assert (answer.status, answer.code) == (408, "request_timeout")
+        clock.advance(3)
         assert client.ends()
 
 
 def test_an_idle_connection(serve: Serve) -> None:
-    server = serve(idle_timeout_s=0.8)
+    clock = ManualClock()
+    server = serve(parts={"clock": clock})
     with server.connect() as client:
         for _ in range(3):
             client.send(HEALTH)
             assert client.read().status == 200
-            time.sleep(0.1)
+            server.heard(client)
+            clock.advance(70)
+        assert server.server.connections == 1
+        clock.advance(6)
         assert client.ends()
 
 

@@ -26,7 +26,7 @@ from bzstream.http.send.read_ahead import ReadAhead
 from bzstream.http.send.sender import Sender
 from bzstream.http.send.transfer import Transfer, TransferState
 from bzstream.payload import UnitFile
-from tests.http.support import AUTH, Client, Running, evict, no_descriptor_leak, wait_until
+from tests.http.support import AUTH, Client, ManualClock, Running, evict, no_descriptor_leak, wait_until
 
 Serve = Callable[..., Running]
 
@@ -103,25 +103,32 @@ def test_a_client_that_vanishes_costs_one_descriptor_and_no_noise(serve: Serve, 
 
 def test_a_reader_that_takes_nothing_is_closed(serve: Serve) -> None:
     """After the time-out, and an eighth of it; not after twice as long, as the kernel's buffers could make believe."""
-    server = serve(stall_timeout_s=2.0)
+    clock = ManualClock()
+    server = serve(stall_timeout_s=60, parts={"clock": clock})
     with server.connect(receive_buffer=4096) as client:
-        begun = time.monotonic()
         client.send(FILE)
         wait_until(lambda: server.server.downloads == 1)
-        wait_until(lambda: server.server.connections == 0)
-        assert 2.0 <= time.monotonic() - begun < 3.5
+        (transfer,) = server.server.sender.active
+        wait_until(lambda: transfer.state is TransferState.BLOCKED)
+        passed = 0
+        while server.server.connections:
+            passed += 3
+            clock.advance(3)
+        assert 60 <= passed <= 60 + 8 + 3
         with pytest.raises(ConnectionResetError):
             read_to_end(client.socket)
 
 
 def test_a_reader_that_takes_little_is_not(serve: Serve) -> None:
     """It may leave the socket unwritable for much longer than the time-out."""
-    server = serve(stall_timeout_s=1.0)
+    clock = ManualClock()
+    server = serve(stall_timeout_s=60, parts={"clock": clock})
     with server.connect(receive_buffer=4096) as client:
         client.send(FILE)
-        for _ in range(80):
-            client.socket.recv(3000)
-            time.sleep(0.03)
+        for _ in range(10):
+            for _ in range(30):
+                client.socket.recv(3000)
+            clock.advance(50)
         assert server.server.downloads == 1
 
 
