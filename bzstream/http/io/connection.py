@@ -101,7 +101,7 @@ class Connection:
 
     __slots__ = (
         "_address", "_body", "_checked", "_complete", "_empty_lines", "_ending", "_endpoint", "_eof", "_head",
-        "_host", "_inbox", "_is_head", "_last", "_lead_body", "_lingered", "_moved", "_proxied", "_readable",
+        "_host", "_inbox", "_last", "_lead_body", "_lingered", "_moved", "_proxied", "_readable",
         "_request", "_response", "_scanned", "_started", "_taken", "_task", "_transfer", "_transport", "caller_slot",
         "deadline", "extra_of", "fd", "over_limit", "state", "timer_slot",
     )  # fmt: skip
@@ -146,8 +146,6 @@ class Connection:
         self._request: Request | None = None
         self._complete = False
         """Whether the request was read to its end."""
-        self._is_head: bool | None = None
-        """Whether the method is HEAD; None while that is not known."""
         self._endpoint: Endpoint | None = None
         self._checked: object = None
         """What the endpoint's `check` returned, for its `handle`."""
@@ -271,9 +269,8 @@ class Connection:
                 if max(end, len(self._inbox) if end < 0 else 0) > settings.max_head:
                     raise HttpError(431, "head_too_large", f"A request head has at most {settings.max_head} bytes.")
                 if end > 0:
-                    head, self._inbox, self._scanned = self._inbox[:end], self._inbox[end:], 0
                     host.limits.mark_busy(self)
-                    self._begin(head)
+                    self._begin(self._inbox[:end])
                     return
                 self._scanned = len(self._inbox)
                 if not begun:
@@ -289,8 +286,8 @@ class Connection:
     def _begin(self, head: bytes) -> None:
         """A head is complete: make every check that needs nothing else, and go on to the body or the handler."""
         host, settings = self._host, self._host.settings
-        self._is_head = head.startswith(b"HEAD ")
         self._head = parsed = request_parser.parse_head(head, settings.max_fields)
+        self._inbox, self._scanned = self._inbox[len(head) :], 0
         self._complete = parsed.body_length == 0
         self._request = request = request_parser.make_request(
             parsed, self._address, self._transport.secure, host.proxies
@@ -401,9 +398,9 @@ class Connection:
         self._last = self._last or not persistent or host.draining
         if self._last:
             fields.append(("Connection", "close"))
-        if self._is_head is None:
-            self._is_head = self._inbox.startswith(b"HEAD ")
-        self._response = replace(response, body=b"") if self._is_head else response
+        # The inbox still begins with a head that was not parsed.
+        is_head = request.method == "HEAD" if request is not None else self._inbox.startswith(b"HEAD ")
+        self._response = replace(response, body=b"") if is_head else response
         return serialise_head(response.status, fields)
 
     def _begin_sending(self, head: bytes) -> None:

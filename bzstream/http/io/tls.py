@@ -40,19 +40,20 @@ class TlsError(BzstreamError):
 class Certificate:
     """A certificate chain and its key in PEM files, and the context made from them."""
 
-    __slots__ = ("_cert", "_context", "_key", "_looked", "_stamps")
+    __slots__ = ("_cert", "_clock", "_context", "_key", "_looked", "_stamps")
 
-    def __init__(self, cert: str, key: str) -> None:
+    def __init__(self, cert: str, key: str, *, clock: Callable[[], float] = time.monotonic) -> None:
         """Raises TlsError."""
         self._cert, self._key = cert, key
-        self._looked = time.monotonic()
+        self._clock = clock
+        self._looked = clock()
         self._stamps = self._stamps_now()
         self._context = self._load()
 
     def context(self, warn: Callable[[str], None]) -> ssl.SSLContext:
         """The context for a new connection. `warn` is told once of changed files that cannot be loaded; the last good
         ones stay in force then."""
-        now = time.monotonic()
+        now = self._clock()
         if now - self._looked >= _LOOK_S:
             self._looked = now
             stamps = self._stamps_now()

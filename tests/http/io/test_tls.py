@@ -81,7 +81,7 @@ def test_who_does_not_speak_tls_is_closed_without_noise(serve: Serve, pem: tuple
     assert server.observer.errors == []
 
 
-def test_a_new_certificate_is_in_force_within_a_second(serve: Serve, pem: tuple[Path, Path]) -> None:
+def test_a_new_certificate_is_in_force_for_new_connections(serve: Serve, pem: tuple[Path, Path]) -> None:
     server = serve(tls_cert=str(pem[0]), tls_key=str(pem[1]))
 
     def answers(trusted: str) -> bool:
@@ -95,16 +95,32 @@ def test_a_new_certificate_is_in_force_within_a_second(serve: Serve, pem: tuple[
     with secure(server) as old:
         pem[0].write_text(SECOND_CERT)
         pem[1].write_text(SECOND_KEY)
-        wait_until(lambda: answers(SECOND_CERT), 1)
+        wait_until(lambda: answers(SECOND_CERT))
         old.send(PEER)
         assert old.read().status == 200, "open connections go on"
     pem[1].write_text("no key")
-    wait_until(lambda: answers(SECOND_CERT) and bool(server.observer.warnings), 1)
+    wait_until(lambda: answers(SECOND_CERT) and bool(server.observer.warnings))
     for _ in range(2):
         assert answers(SECOND_CERT), "the last good one stays"
     (warning,) = server.observer.warnings
     assert "cannot be loaded" in warning
     assert server.observer.errors == [], "a bad file is no bug"
+
+
+def test_a_new_certificate_is_in_force_within_a_second(pem: tuple[Path, Path]) -> None:
+    now, warnings = 0.0, list[str]()
+    certificate = Certificate(str(pem[0]), str(pem[1]), clock=lambda: now)
+    first = certificate.context(warnings.append)
+    pem[0].write_text(SECOND_CERT)
+    pem[1].write_text(SECOND_KEY)
+    now = 1.0
+    second = certificate.context(warnings.append)
+    assert second is not first
+    pem[0].unlink()
+    for later in (2.0, 3.0):
+        now = later
+        assert certificate.context(warnings.append) is second, "the last good one stays"
+    assert len(warnings) == 1
 
 
 def test_a_certificate_that_cannot_be_used(pem: tuple[Path, Path]) -> None:
