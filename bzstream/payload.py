@@ -30,7 +30,7 @@ class UnitFile:
     """An immutable file, open for reading, with a count of its users; closed when the count falls to 0.
 
     `intact()` is the cheap test before each download that the file is still the one that was opened; a sender that
-    finds the file short (sendfile returned 0) sets `broken`, after which nobody serves from it again.
+    finds the file short (sendfile returned 0) sets `broken`, after which it is never served from again.
 
     Raises OSError from the constructor when the file cannot be opened or is not a regular file.
     """

@@ -1,4 +1,4 @@
-"""What can go wrong with a checkpoint, a map or a store, each with a sentence for the validator who published it."""
+"""What can go wrong with a checkpoint, a map or a store. Each message is a sentence for the operator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = [
 
 
 class ModelError(BzstreamError):
-    """Base of this room's errors. Whoever catches one while publishing may trust that the store is unchanged."""
+    """Base of this package's errors. When publishing raises one, what is served is as it was before."""
 
 
 class BadCheckpoint(ModelError):

@@ -153,7 +153,7 @@ def fused_orientation(layers: Mapping[int, Layer], config: Mapping[str, Any] | N
     The hub's files hold gate_up_proj as [experts, hidden, 2 * intermediate] and down_proj as [experts, intermediate,
     hidden]; transformers 5 holds both with the last two dimensions swapped, and on loading swaps what does not fit.
     A square gate_up_proj fits both ways. down_proj then tells which convention the file follows (both cannot be
-    square); transposed, nobody who loads the file with transformers gets the right weights, so it is refused.
+    square); transposed, transformers would load wrong weights from it, so it is refused.
 
     Raises BadCheckpoint when shapes fit neither way, differ between layers, or are ambiguous.
     """

@@ -202,7 +202,7 @@ def _publish(checkpoint: Checkpoint, store: Store, request: _Request) -> Publica
         return _publication(plan, checkpoint, outcome, request, retired, started)
     with _explained(store, plan, request), store.locked():
         candidates = _candidates(plan, store)
-        _check_room(plan, store, candidates)
+        _check_free_space(plan, store, candidates)
         folder = store.begin(request.version)
         try:
             outcome = write_units(plan, checkpoint, folder, candidates, report)
@@ -323,7 +323,7 @@ def _publication(
     )
 
 
-def _check_room(plan: Plan, store: Store, candidates: Mapping[int, Path]) -> None:
+def _check_free_space(plan: Plan, store: Store, candidates: Mapping[int, Path]) -> None:
     """Raise ENOSPC now rather than many gigabytes later. What may turn out to be linked is not counted."""
     disk = os.statvfs(store.path)
     if sum(unit.size for n, unit in enumerate(plan.units) if n not in candidates) > disk.f_bavail * disk.f_frsize:

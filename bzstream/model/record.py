@@ -52,7 +52,7 @@ FORMAT = 1
 
 
 class ManifestSigner(Protocol):
-    """Whoever signs manifests: `chain.keys.Key` does."""
+    """Signs manifests with a validator's hotkey: `chain.keys.Key` does."""
 
     @property
     def ss58_address(self) -> str:

@@ -1,7 +1,7 @@
 """The small files beside the tensors (config.json, the tokenizer's files and the like), kept byte for byte.
 
-They are part of a snapshot so that another validator can hold all of it. What their content means is nobody's business
-here but config.json's, which says how experts lie; it is read as Python writes it, with Infinity and NaN if need be.
+They are part of a snapshot so that another validator can hold all of it. Only config.json is understood here, as it
+says how experts lie; it is read as Python writes it, with Infinity and NaN where the source has them.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def read_small_files(folder: Path) -> tuple[dict[str, bytes], tuple[str, ...]]:
     ]
     found: dict[str, bytes] = {}
     left_out = []
-    room = MAX_FILES
+    left = MAX_FILES
     try:
         for path in sorted(paths, key=lambda path: (path.name != CONFIG, path.stat().st_size, path.name)):
-            if path.stat().st_size > room and path.name != CONFIG:
+            if path.stat().st_size > left and path.name != CONFIG:
                 left_out.append(path.name)
                 continue
-            found[path.name] = read_small_file(path, room)
-            room -= len(found[path.name])
+            found[path.name] = read_small_file(path, left)
+            left -= len(found[path.name])
     except OSError as error:
         raise BadCheckpoint(f"{path} cannot be read: {error.strerror}") from None
     return found, tuple(left_out)

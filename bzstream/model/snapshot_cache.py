@@ -2,7 +2,7 @@
 
 A file that is missing, has another size than when it was published, or changes while it is open, takes its units (and
 the full model) out of service; it is never served with wrong bytes, and `SnapshotCache.damaged` names it. A file whose
-modification time is another than when it was published was changed while nobody looked, or the whole store was copied:
+modification time is another than when it was published was changed before it was opened, or the whole store was copied:
 a thread reads it, and it is served if every chunk has its published hash.
 
 A cache belongs to one thread, a worker's event loop; only `scan` may run on another.

@@ -6,9 +6,9 @@ chunks, one writes the file. The chain that cannot be shortened is the SHA-256 o
 
 A unit whose bytes did not change is not written but hard-linked from the snapshot before. That is not known until its
 last byte, so a unit with a candidate of equal size begins by *comparing* its pieces with the old file. The first
-difference creates the new file, copies into it the stretches that were found equal (from the old file: the source's
-bytes are gone by), and goes on writing. So the source is read once either way, and nothing is written twice. Comparing
-with the bytes, not the recorded hashes, also heals an old file that was damaged on the disk.
+difference creates the new file, copies into it the stretches that were found equal (from the old file, as the source's
+buffers are used again by then), and goes on writing. So the source is read once either way, and nothing is written
+twice. Comparing with the bytes, not the recorded hashes, also heals an old file that was damaged on the disk.
 """
 
 from __future__ import annotations
@@ -104,17 +104,17 @@ def write_units(
 def buffers_of(plan: Plan, size: int) -> Iterator[list[CopyRun]]:
     """The full view cut into stretches of `size` bytes; its head appears as a run of source -1 without targets."""
     parts: list[CopyRun] = []
-    room = size
+    free = size
     for run in (CopyRun(-1, 0, len(plan.head), ()), *plan.runs):
         done = 0
         while done < run.length:
-            take = min(room, run.length - done)
+            count = min(free, run.length - done)
             targets = tuple((unit, offset + done) for unit, offset in run.targets)
-            parts.append(CopyRun(run.source, run.offset + done, take, targets))
-            done, room = done + take, room - take
-            if not room:
+            parts.append(CopyRun(run.source, run.offset + done, count, targets))
+            done, free = done + count, free - count
+            if not free:
                 yield parts
-                parts, room = [], size
+                parts, free = [], size
     if parts:
         yield parts
 
@@ -144,7 +144,10 @@ class _UnitStream:
 
 
 class _UnitWriter:
-    """One unit file on its way: compared with its candidate for as long as they are equal, then written."""
+    """One unit file: compared with its candidate for as long as they are equal, then written.
+
+    Its methods run in the pool, one after the other in one queue; `close` runs after the pool has ended.
+    """
 
     def __init__(self, path: Path | None, size: int, candidate: Path | None) -> None:
         self._path, self._size = path, size

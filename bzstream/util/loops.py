@@ -1,4 +1,4 @@
-"""From a thread to an event loop: calls and results that reach it, or nobody if the loop is closed by then."""
+"""Carries calls and results from a thread to an event loop; dropped if the loop is closed by then."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _Ts = TypeVarTuple("_Ts")
 def call_in_loop(loop: asyncio.AbstractEventLoop, function: Callable[[*_Ts], object], *args: *_Ts) -> bool:
     """Have the loop call `function(*args)` soon; from any thread.
 
-    False if the loop is closed: nobody waits any more.
+    False if the loop is closed: then nothing waits for the call any more.
     """
     try:
         loop.call_soon_threadsafe(function, *args)
