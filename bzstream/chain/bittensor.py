@@ -27,7 +27,7 @@ from bzstream.chain.clock import Cycle
 from bzstream.chain.commitments import RoundCommitments
 from bzstream.chain.keys import Key, is_hotkey
 from bzstream.chain.sdk_commitments import read_commitments
-from bzstream.chain.sdk_weights import SdkChain
+from bzstream.chain.sdk_weights import SdkChain, missing_storage
 from bzstream.chain.state import ChainState
 from bzstream.chain.weight_setter import RoundLedger, WeightSetter
 from bzstream.config import ChainSettings
@@ -105,6 +105,8 @@ class _Watcher:
         self._offer = offer
         self._key = key
         self._ledger = ledger
+        self._missing: list[str] = []
+        """Storage that weights need and the connected runtime lacks."""
         self._committed: int | None = None
         """The round whose commitments were read last."""
         self._setter = WeightSetter(ledger, cycle, settings, key) if ledger is not None and key is not None else None
@@ -139,6 +141,8 @@ class _Watcher:
         client = bittensor.Client(endpoint, substrate=substrate)
         try:
             await self._step("connecting", client.connect())
+            if self._setter is not None:
+                self._missing = await self._step("the runtime's metadata", missing_storage(substrate))
             await self._observe(client, substrate, await self._step("the current block", client.block()))
             heads = client.blocks()
             while True:
@@ -169,7 +173,7 @@ class _Watcher:
         )
         if self._setter is not None and self._key is not None:
             last_update = self._last_updates.get(self._key.ss58_address)
-            self._setter.consider(block, last_update, SdkChain(client, self._netuid))
+            self._setter.consider(block, last_update, SdkChain(client, self._netuid, self._missing))
 
     def _check_lag(self, block: int) -> None:
         if block >= self._block - LAG_BLOCKS:

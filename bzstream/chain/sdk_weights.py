@@ -7,7 +7,7 @@ timelocked commit by the subnet's own setting.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bzstream.chain.keys import is_hotkey
@@ -15,7 +15,7 @@ from bzstream.chain.weight_setter import ERA_BLOCKS, NotingSigner, Subnet, Weigh
 from bzstream.chain.weights import U16_MAX, Limits
 from bzstream.errors import BzstreamError
 
-__all__ = ["SdkChain"]
+__all__ = ["SdkChain", "missing_storage"]
 
 _PALLET = "SubtensorModule"
 
@@ -55,15 +55,51 @@ class UnknownOutcome(BzstreamError):
     """The extrinsic was signed and handed over, and the chain has not said what became of it."""
 
 
-class SdkChain:
-    """One connection to the chain: a `bittensor.Client` for one subnet."""
+_NEEDED = frozenset(
+    {
+        "BlocksSinceLastStep",
+        "CommitRevealWeightsEnabled",
+        "LastEpochBlock",
+        "LastUpdate",
+        "MaxWeightsLimit",
+        "MinAllowedWeights",
+        "PendingEpochAt",
+        "RevealPeriodEpochs",
+        "SubnetEpochConsensus",
+        "SubnetEpochIndex",
+        "SubnetOwnerHotkey",
+        "Tempo",
+        "Uids",
+        "WeightsSetRateLimit",
+        "WeightsVersionKey",
+    }
+)
+"""Storage that is read to set weights: by bittensor 11.3 (intents/weights.py), and by this file."""
 
-    def __init__(self, client: Any, netuid: int) -> None:
+
+async def missing_storage(substrate: Any) -> list[str]:
+    """What a `bittensor.RpcSubstrate` is connected to lacks of that."""
+    runtime = await substrate.raw.metadata_ir()
+    (pallet,) = (pallet for pallet in runtime.pallets if pallet.name == _PALLET)
+    return sorted(_NEEDED - {item.name for item in pallet.storage})
+
+
+class SdkChain:
+    """One connection to the chain: a `bittensor.Client` for one subnet. `missing`: see `missing_storage`."""
+
+    def __init__(self, client: Any, netuid: int, missing: Sequence[str] = ()) -> None:
         self._client = client
         self._netuid = netuid
+        self._missing = missing
 
     async def subnet(self) -> Subnet:
-        """UIDs, limits and owner as they are now."""
+        """UIDs, limits and owner as they are now. Raises WeightsRefused when this runtime cannot be asked."""
+        if self._missing:
+            raise WeightsRefused(
+                f"the chain's runtime lacks {', '.join(self._missing)}, which the installed Bittensor SDK asks for;"
+                " install the SDK that goes with this chain",
+                permanent=True,
+            )
         names = ("MinAllowedWeights", "MaxWeightsLimit", "WeightsVersionKey", "SubnetOwnerHotkey")
         graph, *values = await asyncio.gather(
             self._client.subnets.metagraph(self._netuid, commitments=False),

@@ -102,7 +102,9 @@ class Subnet(NamedTuple):
 class SubnetChain(Protocol):
     """The chain, as far as setting weights needs it."""
 
-    async def subnet(self) -> Subnet: ...
+    async def subnet(self) -> Subnet:
+        """The subnet now. Raises WeightsRefused when this chain cannot be asked."""
+
     async def settled(self, hotkey: str, /) -> tuple[int, int | None]:
         """The newest final block, and the LastUpdate of the hotkey's UID in it; None when it has no UID."""
 
@@ -212,7 +214,11 @@ class WeightSetter:
         self, weights: RoundWeights, results: Sequence[ScoredResult], block: int, chain: SubnetChain
     ) -> None:
         settings = self._settings
-        subnet = await chain.subnet()
+        try:
+            subnet = await chain.subnet()
+        except WeightsRefused as error:
+            await self._refused(weights, error, block)
+            return
         burn = subnet.owner if settings.burn == "owner" else settings.burn
         earlier = await self._ledger.weights_before(weights.round)
         fresh = with_burn(weights_of(results, settings.weights_top_k), burn, settings.burn_rate)

@@ -24,6 +24,8 @@ class FakeNode:
 
     def __init__(self, block: int = 100) -> None:
         self.chain = Subtensor(block)
+        self.as_recorded = False
+        """Give out the runtime's metadata without the storage item that the tests add."""
         self.silent = False
         """Answer nothing any more, but stay connected."""
         self.asked: list[str] = []
@@ -206,7 +208,7 @@ class FakeNode:
     def _call(self, call: str, arguments: bytes) -> bytes:
         match call:
             case "Metadata_metadata_at_version":
-                return opaque_metadata()
+                return opaque_metadata(recorded=self.as_recorded)
             case "SubnetInfoRuntimeApi_get_metagraph":
                 return self.chain.metagraph(int.from_bytes(arguments, "little"))
             case "TransactionPaymentApi_query_info":

@@ -37,9 +37,9 @@ def runtime() -> Any:
     return bittensor_core.Runtime(metadata(), SPEC_VERSION, TRANSACTION_VERSION, 42)
 
 
-def opaque_metadata() -> bytes:
-    """What the runtime call `Metadata_metadata_at_version` returns: Option<OpaqueMetadata>."""
-    return b"\1" + _compact(len(metadata())) + metadata()
+def opaque_metadata(*, recorded: bool = False) -> bytes:
+    """What the runtime call `Metadata_metadata_at_version` returns: Option<OpaqueMetadata>; or just as `recorded`."""
+    return lzma.decompress(_RECORDED.read_bytes()) if recorded else b"\1" + _compact(len(metadata())) + metadata()
 
 
 def with_storage_item(plain: bytes, pallet: str, *, like: str, name: str) -> bytes:

@@ -200,6 +200,22 @@ async def test_what_no_attempt_can_change_is_told_once(tmp_path: Path, item: str
 
 
 @in_loop
+async def test_a_runtime_that_the_sdk_does_not_fit_is_named_and_stops_nothing_else(tmp_path: Path) -> None:
+    with_scores(tmp_path / "ledger", {HOTKEYS[0]: 3.0})
+    async with FakeNode() as node:
+        node.as_recorded = True
+        subnet(node, commit_reveal=False)
+        async with role(node, tmp_path / "ledger") as ledger:
+            await node.subscribed()
+            assert "lacks SubnetEpochConsensus" in str((await outcome(ledger, "refused")).reason)
+            await node.mine(DUE + 1)
+            async with asyncio.timeout(20):
+                while (state := await ledger.chain_state()) is None or state.block != DUE + 1:
+                    await asyncio.sleep(0.02)
+            assert state.validators == {VALIDATOR.ss58_address}
+
+
+@in_loop
 async def test_a_full_pool_is_tried_again(tmp_path: Path) -> None:
     with_scores(tmp_path / "ledger", {HOTKEYS[0]: 3.0})
     async with FakeNode() as node:
