@@ -26,8 +26,8 @@ __all__ = ["play_round"]
 SUBMIT_BLOCK, SEED_BLOCK = 12530, 12600
 """A block of the submit phase, and the first block after it, whose hash is the round's seed."""
 SCORED_S = 600.0
-TRAINING_STEPS, MINER_STEPS = 120, 50
-"""Enough to tell English from noise, and a trained group from an untrained one; some 20 s together on one core."""
+TRAINING_STEPS, MINER_STEPS = 60, 35
+"""Enough to tell English from noise, and a trained group from an untrained one; some 10 s together on one core."""
 
 SETTINGS = {
     "BZ_EVALUATION_WINDOWS": "64",
