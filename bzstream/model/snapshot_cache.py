@@ -58,7 +58,7 @@ class SnapshotCache:
         """Threads that read unverified files again, ended or not."""
         self.current: Snapshot | None = None
         self.problem: str | None = None
-        """Why nothing newer, or nothing at all, is served: a sentence about `current`, which is also logged once."""
+        """Why nothing newer, or nothing at all, is served: a sentence for the operator, without a path."""
 
     def refresh(self) -> bool:
         """Take in what was published and dropped since the last call; whether anything changed.
@@ -109,6 +109,8 @@ class SnapshotCache:
                 self._snapshots.pop(version).release()
                 changed = True
         self._stamps = {version: stamp for version, stamp in self._stamps.items() if version in found.stamps}
+        if self.problem is None and wanted is not None and wanted not in self._snapshots:
+            self.problem = f"version {wanted} cannot be opened; the log says why"
         return changed
 
     def get(self, version: str) -> Snapshot | None:

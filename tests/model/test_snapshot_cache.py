@@ -193,8 +193,11 @@ def test_an_unreadable_new_snapshot_keeps_the_last_good_one(store: Path, source:
     assert cache.current.version == "a"
     assert len(warnings) == 1
     assert "snapshot.json" in warnings[0]
+    assert cache.problem is not None
+    assert "version b cannot be opened" in cache.problem
     publish(source, store, block=3, version="c", groups=2)
     assert cache.refresh()
+    assert not cache.problem
     assert cache.current.version == "c"
     cache.close()
 

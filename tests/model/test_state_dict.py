@@ -123,3 +123,16 @@ def test_torch_is_not_imported_for_arrays(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_config_is_kept_as_a_file_and_must_be_json(tmp_path: Path) -> None:
+    tensors = {"layers.0.mlp.experts.w": np.zeros((2, 4), np.float32)}
+    config = {"num_experts": 2, "scale": float("inf"), "text": "\ud800"}
+    publish_state_dict(tensors, config, tmp_path / "store", block=1, version="a", groups=2)
+    cache = SnapshotCache(tmp_path / "store")
+    cache.refresh()
+    assert cache.current is not None
+    assert cache.current.config == config
+    cache.close()
+    with pytest.raises(BadCheckpoint, match="cannot be written as JSON"):
+        publish_state_dict(tensors, {"dtype": object()}, tmp_path / "store", block=2, version="b", groups=2)
