@@ -108,10 +108,8 @@ class Transfer:
         queued: float,
     ) -> None:
         """`fd`: the descriptor of the transport's socket. `queued`: now, in monotonic seconds."""
-        self.owner = owner
-        self.transport = transport
-        self.fd = fd
-        self.caller = caller
+        self.owner, self.caller = owner, caller
+        self.transport, self.fd = transport, fd
         self.queued = queued
         self.first_sent = 0.0
         """When it had its first turn (monotonic seconds); 0 before."""
