@@ -89,13 +89,11 @@ class Sender:
         self._poller = poller()
         self._lock = threading.Lock()
         self._queue = queue(quantum)
-        self._sockets: dict[int, Transfer] = {}
-        """Transfers whose sockets the poller knows, by descriptor."""
         self._idle = 0
         """Threads that wait in the poller."""
         self._closed = False
-        self._shared = SharedTurn(quantum, self._arm, clock)
-        self._dedicated = DedicatedThread(dedicated_bytes, self._arm, clock, self._may_stay)
+        self._shared = SharedTurn(quantum, self._poller.arm, clock)
+        self._dedicated = DedicatedThread(dedicated_bytes, self._poller.arm, clock, self._may_stay)
         self._shared_places = threading.Semaphore(shared_threads)
         self._threads: list[threading.Thread] = []
         self._thread_count = shared_threads + max_dedicated
@@ -198,8 +196,8 @@ class Sender:
         done: Turn | None = None
         while not self._closed:
             turns += 1
-            look = turns % _TURNS_PER_POLL == 0 and self._sockets
-            writable = self._poller.poll(wait=False) if look else ()
+            look = turns % _TURNS_PER_POLL == 0 and len(self._poller)
+            writable = self._poller.poll(wait=False) if look else []
             with self._lock:
                 if writable:
                     self._note_locked(writable)
@@ -235,28 +233,11 @@ class Sender:
             uncontended = self._queue.is_uncontended(self._max_dedicated)
             return uncontended and transfer.dropped is None and not self._closed
 
-    def _arm(self, transfer: Transfer) -> None:
-        """Have the poller report when a BUSY transfer's socket has room. Raises OSError (ENOMEM, ENOSPC: epoll(7))."""
-        fd = transfer.fd
-        if transfer.registered:
-            self._poller.rearm(fd)
-            return
-        self._sockets[fd] = transfer
-        try:
-            self._poller.register(fd)
-        except OSError:
-            del self._sockets[fd]
-            raise
-        transfer.registered = True
-
     # Under the lock.
 
-    def _note_locked(self, writable: Iterable[int]) -> None:
-        """There is room again in these sockets (or they are gone, as sending will find)."""
-        for fd in writable:
-            transfer = self._sockets.get(fd)
-            if transfer is None:
-                continue
+    def _note_locked(self, writable: Iterable[Transfer]) -> None:
+        """There is room again for these transfers."""
+        for transfer in writable:
             if transfer.state is BLOCKED:
                 self._enqueue_locked(transfer)
             elif transfer.state is BUSY:
@@ -289,7 +270,4 @@ class Sender:
         assert self._lock.locked()
         transfer.state = OVER
         self._queue.remove(transfer)
-        if transfer.registered:
-            transfer.registered = False
-            del self._sockets[transfer.fd]
-            self._poller.unregister(transfer.fd)
+        self._poller.forget(transfer)

@@ -93,7 +93,7 @@ class Transfer:
 
     __slots__ = (
         "_body", "_cached_until", "_file", "_lead", "_length", "_part_end", "_shift", "_trusted_until", "caller",
-        "dropped", "fd", "first_sent", "flow", "owner", "position", "queued", "registered", "state", "taken",
+        "dropped", "fd", "first_sent", "flow", "owner", "position", "queued", "state", "taken",
         "transport", "wanted", "writable_again",
     )  # fmt: skip
 
@@ -120,8 +120,6 @@ class Transfer:
         # The sender's notes.
         self.state = OVER
         self.flow: Flow | None = None
-        self.registered = False
-        """Whether the poller knows the socket."""
         self.writable_again = False
         """While BUSY: there was room again before the thread had let go."""
         self.dropped: Callable[[], None] | None = None

@@ -273,21 +273,14 @@ class EarlyRoom(Poller):
         self.told, self.noted = threading.Event(), threading.Event()
         self.early = 0
 
-    def register(self, fd: int) -> None:
-        super().register(fd)
-        self._wait()
-
-    def rearm(self, fd: int) -> None:
-        super().rearm(fd)
-        self._wait()
-
-    def _wait(self) -> None:
+    def arm(self, transfer: Transfer) -> None:
+        super().arm(transfer)
         self.told.clear()
         self.noted.clear()
         if self.told.wait(1) and self.noted.wait(1):
             self.early += 1
 
-    def poll(self, *, wait: bool) -> list[int]:
+    def poll(self, *, wait: bool) -> list[Transfer]:
         ready = super().poll(wait=wait)
         if ready:
             self.told.set()
