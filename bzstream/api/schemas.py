@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from bzstream.config import ShownAs
+from bzstream.submissions.states import Status
 
 __all__ = [
     "AcceptedBody",
@@ -43,7 +44,6 @@ Group = Annotated[int, Meta(ge=0, le=999_999_999)]
 Block = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 SubmissionId = Annotated[str, Meta(description="A random UUID", extra_json_schema={"format": "uuid"})]
 Moment = Annotated[str, Meta(description="RFC 3339, UTC", extra_json_schema={"format": "date-time"})]
-Status = Literal["queued", "fetching", "verifying", "evaluating", "scored", "rejected", "failed"]
 
 
 class ErrorBody(Struct, frozen=True):

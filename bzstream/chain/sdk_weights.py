@@ -12,7 +12,7 @@ from typing import Any
 
 from bzstream.chain.keys import is_hotkey
 from bzstream.chain.weight_setter import ERA_BLOCKS, NotingSigner, Subnet, WeightsRefused
-from bzstream.chain.weights import U16_MAX, Limits
+from bzstream.chain.weights import U16_MAX, WeightLimits
 from bzstream.errors import BzstreamError
 
 __all__ = ["SdkChain", "missing_storage"]
@@ -108,7 +108,7 @@ class SdkChain:
         least, most, version_key, owner = values
         return Subnet(
             uids={neuron.hotkey: neuron.uid for neuron in graph or () if is_hotkey(neuron.hotkey)},
-            limits=Limits(int(least or 0), U16_MAX if most is None else int(most), int(version_key or 0)),
+            limits=WeightLimits(int(least or 0), U16_MAX if most is None else int(most), int(version_key or 0)),
             owner=owner if is_hotkey(owner) else None,
         )
 

@@ -22,9 +22,9 @@ from bzstream.chain.clock import Cycle
 from bzstream.chain.commitments import RoundCommitments
 from bzstream.chain.keys import Key
 from bzstream.chain.weights import (
-    Limits,
     RoundWeights,
     ScoredResult,
+    WeightLimits,
     WeightsImpossible,
     fit,
     smooth,
@@ -94,7 +94,7 @@ class Subnet(NamedTuple):
     """The subnet at the moment of an attempt."""
 
     uids: Mapping[str, int]
-    limits: Limits
+    limits: WeightLimits
     owner: str | None
     """The owner's hotkey."""
 

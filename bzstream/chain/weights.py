@@ -22,11 +22,11 @@ from typing import Literal, NamedTuple, Protocol
 from bzstream.errors import BzstreamError
 
 __all__ = [
-    "Limits",
-    "Outcome",
     "RoundWeights",
     "ScoredResult",
+    "WeightLimits",
     "WeightsImpossible",
+    "WeightsOutcome",
     "fit",
     "smooth",
     "weights_of",
@@ -37,7 +37,7 @@ U16_MAX = 65535
 NEGLIGIBLE = 1e-5
 """A share below this is dropped after averaging: as u16, scaled to the largest, it is nothing or next to nothing."""
 
-Outcome = Literal["due", "sent", "set", "refused", "missed"]
+WeightsOutcome = Literal["due", "sent", "set", "refused", "missed"]
 """due: to be tried (again). sent: signed, and not known to have landed. set: landed, in a final block. refused: the
 chain will not take it until something changes. missed: the next round came first."""
 
@@ -67,7 +67,7 @@ class RoundWeights:
     round: int
     shares: Mapping[str, float] = field(default_factory=dict)
     """Hotkey -> share, together 1; empty until they were worked out."""
-    outcome: Outcome = "due"
+    outcome: WeightsOutcome = "due"
     reason: str | None = None
     attempts: int = 0
     """How often they were signed."""
@@ -75,7 +75,7 @@ class RoundWeights:
     """The head when they were signed last; once they are set, the block that holds them."""
 
 
-class Limits(NamedTuple):
+class WeightLimits(NamedTuple):
     """What the subnet demands of weights."""
 
     min_weights: int = 1
@@ -115,7 +115,9 @@ def smooth(old: Mapping[str, float], new: Mapping[str, float], alpha: float) -> 
     return _normal(dict(sorted(kept.items(), key=lambda item: (-item[1], item[0]))))
 
 
-def fit(shares: Mapping[str, float], uids: Mapping[str, int], target: str | None, limits: Limits) -> dict[int, float]:
+def fit(
+    shares: Mapping[str, float], uids: Mapping[str, int], target: str | None, limits: WeightLimits
+) -> dict[int, float]:
     """UID -> weight as the subnet takes it. `uids`: hotkey -> UID now. Raises WeightsImpossible."""
     burn = target if target in uids else None
     present = {hotkey: share for hotkey, share in shares.items() if hotkey in uids}

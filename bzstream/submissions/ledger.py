@@ -57,7 +57,7 @@ from bzstream.submissions.schema import (
 )
 from bzstream.submissions.states import UNFINISHED, Status, may_follow
 from bzstream.submissions.types import AdmissionResult, Candidate, EvaluationRow, Job, RoundScores, SubmissionRow
-from bzstream.submissions.writer import Writer
+from bzstream.submissions.writer import LedgerWriter
 
 __all__ = ["AsyncLedger", "LeaseLost", "Ledger", "LedgerError", "LedgerUnavailable"]
 
@@ -69,12 +69,12 @@ MAX_ATTEMPTS = 3
 """Evaluators that one submission may cost before it is `failed`."""
 
 
-class _Base:
+class _LedgerBase:
     """What both faces share: the threads, and the reader's memory of the chain's state."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._writer = Writer(database)
+        self._writer = LedgerWriter(database)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="ledger-reader")
         self._accept = Admission()
         self._registered: tuple[int, dict[str, Any]] | None = None
@@ -111,7 +111,7 @@ class _Base:
         return ChainState(block=row.block, observed_at=time.time() - row.age, frozen=row.frozen, **self._registered[1])
 
 
-class Ledger(_Base):
+class Ledger(_LedgerBase):
     """The ledger for ordinary threads; every method waits. All may raise LedgerUnavailable."""
 
     def accept(self, candidate: Candidate) -> AdmissionResult:
@@ -225,7 +225,7 @@ class Ledger(_Base):
         return self._reader.submit(self._reading, work).result()
 
 
-class AsyncLedger(_Base):
+class AsyncLedger(_LedgerBase):
     """The ledger for an event loop: nothing here blocks it. All may raise LedgerUnavailable."""
 
     async def accept(self, candidate: Candidate) -> AdmissionResult:

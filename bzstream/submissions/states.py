@@ -15,7 +15,7 @@ __all__ = ["FINAL", "LEASED", "STATES", "UNFINISHED", "Status", "may_follow", "p
 Status = Literal["queued", "fetching", "verifying", "evaluating", "scored", "rejected", "failed"]
 
 
-class State(NamedTuple):
+class SubmissionState(NamedTuple):
     """One row of the table."""
 
     following: frozenset[Status]
@@ -25,14 +25,14 @@ class State(NamedTuple):
     """No evaluator will work on it any more."""
 
 
-STATES: dict[Status, State] = {
-    "queued": State(frozenset({"fetching", "rejected", "failed"})),
-    "fetching": State(frozenset({"verifying", "rejected", "failed", "queued"}), leased=True),
-    "verifying": State(frozenset({"evaluating", "rejected", "failed", "queued"}), leased=True),
-    "evaluating": State(frozenset({"scored", "rejected", "failed", "queued"}), leased=True),
-    "scored": State(frozenset({"rejected"}), final=True),
-    "failed": State(frozenset({"rejected"}), final=True),
-    "rejected": State(frozenset(), final=True),
+STATES: dict[Status, SubmissionState] = {
+    "queued": SubmissionState(frozenset({"fetching", "rejected", "failed"})),
+    "fetching": SubmissionState(frozenset({"verifying", "rejected", "failed", "queued"}), leased=True),
+    "verifying": SubmissionState(frozenset({"evaluating", "rejected", "failed", "queued"}), leased=True),
+    "evaluating": SubmissionState(frozenset({"scored", "rejected", "failed", "queued"}), leased=True),
+    "scored": SubmissionState(frozenset({"rejected"}), final=True),
+    "failed": SubmissionState(frozenset({"rejected"}), final=True),
+    "rejected": SubmissionState(frozenset(), final=True),
 }
 
 LEASED: frozenset[Status] = frozenset(status for status, state in STATES.items() if state.leased)

@@ -35,7 +35,7 @@ from bzstream.submissions.database import Database, LedgerUnavailable
 from bzstream.submissions.schema import LedgerError
 from bzstream.util.loops import call_in_loop, settle
 
-__all__ = ["Operation", "Writer"]
+__all__ = ["LedgerWriter", "Operation"]
 
 _A = TypeVar("_A")
 _R = TypeVar("_R")
@@ -66,7 +66,7 @@ class _GroupFailed(Exception):
     """A job failed in a transaction that carries other jobs too."""
 
 
-class Writer:
+class LedgerWriter:
     """The ledger's writing thread. `call` and `submit` may be used from any thread, `submit` from any event loop."""
 
     def __init__(self, database: Database) -> None:

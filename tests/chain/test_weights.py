@@ -26,8 +26,8 @@ from bzstream.chain.weight_setter import (
 )
 from bzstream.chain.weights import (
     NEGLIGIBLE,
-    Limits,
     RoundWeights,
+    WeightLimits,
     WeightsImpossible,
     fit,
     smooth,
@@ -109,9 +109,9 @@ def test_limits_are_met_through_the_burn_target(shares: dict[str, float], least:
     """Nobody but the burn target gets more than the limit, and nothing is lost."""
     if len(shares) + 1 < least:
         with pytest.raises(WeightsImpossible, match=f"at least {least} weights"):
-            fit(shares, UIDS, "x", Limits(least, most))
+            fit(shares, UIDS, "x", WeightLimits(least, most))
         return
-    sent = fit(shares, UIDS, "x", Limits(least, most))
+    sent = fit(shares, UIDS, "x", WeightLimits(least, most))
     assert len(sent) >= least
     assert math.isclose(sum(sent.values()), 1, abs_tol=1e-4)
     for hotkey, share in shares.items():
@@ -120,12 +120,12 @@ def test_limits_are_met_through_the_burn_target(shares: dict[str, float], least:
 
 def test_a_hotkey_that_left_gives_its_share_to_the_burn_target() -> None:
     shares = {"a": 0.5, "gone": 0.3, "b": 0.2}
-    assert fit(shares, UIDS, "x", Limits()) == pytest.approx({0: 0.5, 1: 0.2, 8: 0.3})
-    assert fit(shares, UIDS, None, Limits()) == {0: 0.5, 1: 0.2}
+    assert fit(shares, UIDS, "x", WeightLimits()) == pytest.approx({0: 0.5, 1: 0.2, 8: 0.3})
+    assert fit(shares, UIDS, None, WeightLimits()) == {0: 0.5, 1: 0.2}
     with pytest.raises(WeightsImpossible, match="none of the hotkeys"):
-        fit({"gone": 1.0}, UIDS, None, Limits())
+        fit({"gone": 1.0}, UIDS, None, WeightLimits())
     with pytest.raises(WeightsImpossible, match=r"set chain\.burn"):
-        fit({"a": 1.0}, UIDS, None, Limits(2))
+        fit({"a": 1.0}, UIDS, None, WeightLimits(2))
 
 
 def test_weights_are_due_in_the_cycle_after() -> None:
@@ -176,7 +176,7 @@ class MemoryChain:
         self.last_update: int | None = 0
 
     async def subnet(self) -> Subnet:
-        return Subnet({"a": 0, "b": 1}, Limits(), None)
+        return Subnet({"a": 0, "b": 1}, WeightLimits(), None)
 
     async def settled(self, _: str, /) -> tuple[int, int | None]:
         return self.final, self.last_update

@@ -35,7 +35,7 @@ from bzstream.submissions.types import (
     LimitReached,
     SubmissionRow,
 )
-from bzstream.submissions.writer import Writer
+from bzstream.submissions.writer import LedgerWriter
 from tests.submissions.values import HOTKEYS, ROUND, accepted, candidate, in_loop
 
 
@@ -96,16 +96,16 @@ def test_the_last_of_a_cycle_counts(ledger: Ledger) -> None:
 
 
 @pytest.fixture
-def writer(ledger: Ledger, where: str) -> Iterator[Writer]:
+def writer(ledger: Ledger, where: str) -> Iterator[LedgerWriter]:
     """A second writer on the ledger's database, for operations that the ledger does not have."""
     database = Database(where)
-    made = Writer(database)
+    made = LedgerWriter(database)
     yield made
     made.close()
     database.close()
 
 
-def test_many_at_once_are_decided_as_if_one_came_after_the_other(ledger: Ledger, writer: Writer) -> None:
+def test_many_at_once_are_decided_as_if_one_came_after_the_other(ledger: Ledger, writer: LedgerWriter) -> None:
     group = [*(candidate(block=block, limit=2) for block in (1, 1, 2, 3)), candidate(HOTKEYS[1], block=1)]
 
     def together(connection: Connection, groups: Sequence[Sequence[Candidate]]) -> Sequence[Sequence[AdmissionResult]]:
@@ -195,7 +195,7 @@ async def test_one_that_the_database_refuses_fails_alone(where: str) -> None:
     await asyncio.to_thread(ledger.close)
 
 
-def test_a_failing_operation_takes_nobody_along(ledger: Ledger, writer: Writer) -> None:
+def test_a_failing_operation_takes_nobody_along(ledger: Ledger, writer: LedgerWriter) -> None:
     def broken(connection: Connection, _: object) -> list[None]:
         connection.execute(text("DELETE FROM submissions"))
         raise LedgerError("on purpose")
@@ -206,7 +206,7 @@ def test_a_failing_operation_takes_nobody_along(ledger: Ledger, writer: Writer) 
     assert find(ledger, submission_id).status == "queued"
 
 
-def test_a_failing_commit_is_told_to_everybody_in_it(ledger: Ledger, writer: Writer) -> None:
+def test_a_failing_commit_is_told_to_everybody_in_it(ledger: Ledger, writer: LedgerWriter) -> None:
     def broken(connection: Connection, _: object) -> list[None]:
         connection.execute(text("SELECT * FROM no_such_table"))
         return []

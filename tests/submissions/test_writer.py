@@ -13,14 +13,14 @@ from sqlalchemy import Connection
 
 from bzstream.submissions import writer
 from bzstream.submissions.database import Database
-from bzstream.submissions.writer import Writer
+from bzstream.submissions.writer import LedgerWriter
 
 
 class Desk:
     """A writer whose one operation notes who shared a transaction, and holds the first one up until it is let go."""
 
     def __init__(self, database: Database) -> None:
-        self.writer = Writer(database)
+        self.writer = LedgerWriter(database)
         self.groups: list[list[int]] = []
         self.begun, self.go_on = threading.Event(), threading.Event()
         self.callers = ThreadPoolExecutor(16)
