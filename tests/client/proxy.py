@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 PIECE = 8192
 """Bytes that are passed on at once: small beside what a kill may cost, and large enough that a few thousand pieces a
@@ -24,6 +25,9 @@ class Proxy:
         self._target = target
         self.rate = rate
         self.change: Callable[[bytes], bytes] | None = None
+        self.flowing = threading.Event()
+        """Cleared, nothing more is passed on towards the client."""
+        self.flowing.set()
         self._lock = threading.Lock()
         self._next = time.monotonic()
         self.down = 0
@@ -40,6 +44,15 @@ class Proxy:
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+
+    def unread(self) -> int:
+        """Bytes that lie in the client's sockets and that its process has not received (rx_queue, proc(5))."""
+        total = 0
+        for line in Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]:
+            _, _, remote, _, queues, *_ = line.split()
+            if int(remote.split(":")[1], 16) == self.port:
+                total += int(queues.split(":")[1], 16)
+        return total
 
     def _accept(self) -> None:
         while True:
@@ -66,6 +79,7 @@ class Proxy:
                 if self.change is not None and not (data := self.change(data)):
                     break
                 self._pace(len(data))
+                self.flowing.wait()
                 client.sendall(data)
                 with self._lock:
                     self.down += len(data)

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from bzstream.model import publish
 from tests.client.node import HOTKEY
-from tests.nodes import BLOCK, GROUPS, VERSION, eventually, running_node
+from tests.nodes import BLOCK, GROUPS, VERSION, Node, eventually, running_node
 
 MANUAL = Path(__file__).parents[2] / "docs" / "miner.md"
 UNIT = "/model/partial?format=safetensors"
@@ -26,60 +27,64 @@ def commands(word: str) -> str:
     return str(found)
 
 
-def bash(script: str, folder: Path, url: str, token: str) -> subprocess.CompletedProcess[str]:
+def bash(script: str, folder: Path, node: Node) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["bash", "-e", "-c", script.replace("https://validator.example:8000", url)],
-        cwd=folder, env={**os.environ, "BZ_AUTH_TOKEN": token}, capture_output=True, text=True, timeout=60,
+        ["bash", "-e", "-c", script.replace("https://validator.example:8000", node.url)],
+        cwd=folder, env={**os.environ, "BZ_AUTH_TOKEN": node.token}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Iterator[Node]:
+    place = tmp_path_factory.mktemp("manual")
+    publish(checkpoint, place / "store", block=BLOCK, version=VERSION, groups=GROUPS)
+    with running_node(place) as node:
+        yield node
+
+
+def test_the_pull_of_the_manual(served: Node, tmp_path: Path) -> None:
+    done = bash(commands("bzstream pull"), tmp_path, served)
+    assert done.returncode == 0, done.stderr
+    whole = served.get(UNIT, {**served.headers(0), "X-Hotkey": HOTKEY}).body
+    assert (tmp_path / "model" / "group-0.safetensors").read_bytes() == whole
+    assert (tmp_path / "model" / "shared.safetensors").is_file()
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the recipe is for curl")
-def test_an_interrupted_curl_never_joins_two_versions(tmp_path: Path, checkpoint: Path) -> None:
+def test_an_interrupted_curl_never_joins_two_versions(served: Node, tmp_path: Path, checkpoint: Path) -> None:
+    recipe = commands("curl -fsSI")
+    every_time = recipe[recipe.index("file=") :]
+    who = {**served.headers(0), "X-Hotkey": HOTKEY}
+    old = served.get(UNIT, who).body
+    first = bash(recipe + '\necho "version=$version; hash=$hash"', tmp_path, served)
+    assert first.returncode == 0, first.stderr
+    file = tmp_path / f"group-0-{VERSION}.safetensors"
+    assert file.read_bytes() == old
+    os.truncate(file, len(old) // 2)  # as an interruption leaves it
+
     newer = tmp_path / "newer"
     shutil.copytree(checkpoint, newer)
     for shard in newer.glob("*.safetensors"):
         np.memmap(shard, np.uint8, "r+")[1_000_000::4096] ^= 1
-    publish(checkpoint, tmp_path / "store", block=BLOCK, version=VERSION, groups=GROUPS)
-    recipe = commands("curl -fsSI")
-    every_time = recipe[recipe.index("file=") :]
-    with running_node(tmp_path) as node:
-        who = {**node.headers(0), "X-Hotkey": HOTKEY}
-        old = node.get(UNIT, who).body
-        first = bash(recipe + '\necho "version=$version; hash=$hash"', tmp_path, node.url, node.token)
-        assert first.returncode == 0, first.stderr
-        file = tmp_path / f"group-0-{VERSION}.safetensors"
-        assert file.read_bytes() == old
-        os.truncate(file, len(old) // 2)  # as an interruption leaves it
+    publish(newer, served.folder / "store", block=BLOCK + 1, version="step_newer", groups=GROUPS)
+    eventually(lambda: served.get(UNIT, who).headers["x-model-version"] == "step_newer", "the new version")
+    new = served.get(UNIT, who).body
+    assert new[: len(new) // 2] != old[: len(old) // 2]
 
-        publish(newer, tmp_path / "store", block=BLOCK + 1, version="step_newer", groups=GROUPS)
-        eventually(lambda: node.get(UNIT, who).headers["x-model-version"] == "step_newer", "the new version")
-        new = node.get(UNIT, who).body
-        assert new[: len(new) // 2] != old[: len(old) // 2]
+    setup = recipe[: recipe.index("head=")] + first.stdout.splitlines()[-1] + "\n"
+    again = bash(setup + every_time, tmp_path, served)
+    assert again.returncode == 0, again.stderr
+    assert file.read_bytes() == old
+    os.truncate(file, len(old) // 2)
+    anew = bash(recipe, tmp_path, served)
+    assert anew.returncode == 0, anew.stderr
+    assert (tmp_path / "group-0-step_newer.safetensors").read_bytes() == new
 
-        setup = recipe[: recipe.index("head=")] + first.stdout.splitlines()[-1] + "\n"
-        again = bash(setup + every_time, tmp_path, node.url, node.token)
-        assert again.returncode == 0, again.stderr
-        assert file.read_bytes() == old
-        os.truncate(file, len(old) // 2)
-        anew = bash(recipe, tmp_path, node.url, node.token)
-        assert anew.returncode == 0, anew.stderr
-        assert (tmp_path / "group-0-step_newer.safetensors").read_bytes() == new
-
-        # Even without the version in the address, as in a cache that ignores queries, the condition holds.
-        refused = bash(setup + every_time.replace("&version=$version", ""), tmp_path, node.url, node.token)
-        assert refused.returncode != 0
-        assert file.read_bytes() == old[: len(old) // 2]
-        # And what is wrong all the same is seen.
-        file.write_bytes(old[: len(old) // 2] + new[len(new) // 2 :])
-        check = f"hash={hashlib.sha256(old).hexdigest()}; file={file.name}\n" + recipe[recipe.index("sha256sum") :]
-        assert bash(check, tmp_path, node.url, node.token).returncode != 0
-
-
-def test_the_pull_of_the_manual(tmp_path: Path, checkpoint: Path) -> None:
-    publish(checkpoint, tmp_path / "store", block=BLOCK, version=VERSION, groups=GROUPS)
-    with running_node(tmp_path) as node:
-        done = bash(commands("bzstream pull"), tmp_path, node.url, node.token)
-        assert done.returncode == 0, done.stderr
-        whole = node.get(UNIT, {**node.headers(0), "X-Hotkey": HOTKEY}).body
-        assert (tmp_path / "model" / "group-0.safetensors").read_bytes() == whole
-    assert (tmp_path / "model" / "shared.safetensors").is_file()
+    # Even without the version in the address, as in a cache that ignores queries, the condition holds.
+    refused = bash(setup + every_time.replace("&version=$version", ""), tmp_path, served)
+    assert refused.returncode != 0
+    assert file.read_bytes() == old[: len(old) // 2]
+    # And what is wrong all the same is seen.
+    file.write_bytes(old[: len(old) // 2] + new[len(new) // 2 :])
+    check = f"hash={hashlib.sha256(old).hexdigest()}; file={file.name}\n" + recipe[recipe.index("sha256sum") :]
+    assert bash(check, tmp_path, served).returncode != 0

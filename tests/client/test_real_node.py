@@ -15,8 +15,9 @@ from bzstream.model import publish
 from tests.client.proxy import PIECE
 from tests.client.victim import Victim
 from tests.nodes import BLOCK, GROUPS, VERSION, Node, running_node
+from tests.seeds import seeds
 
-KILLS = 8
+KILLS = seeds(3, 8)
 RATE = 20_000_000
 
 

@@ -19,6 +19,8 @@ class Victim:
 
     def __init__(self, port: int, units: Sequence[str], folder: Path, token: str, *, rate: float) -> None:
         self.proxy = Proxy(("127.0.0.1", port), rate)
+        self._unread = 0
+        """Bytes that crossed the network to a process that was killed before it received them."""
         self._folder = folder
         self._command = [
             sys.executable, "-m", "bzstream", "pull", self.proxy.url, *units, "--out", str(folder),
@@ -41,17 +43,22 @@ class Victim:
                 assert time.monotonic() < deadline, "the pull makes no progress"
                 time.sleep(0.002)
             assert process.poll() is None, (number, process.communicate()[1])
+            # What a starved process had no time to receive is the machine's doing, and not counted.
+            self.proxy.flowing.clear()
+            process.send_signal(signal.SIGSTOP)
+            self._unread += self.proxy.unread()
             process.send_signal(signal.SIGKILL)
             process.communicate()
+            self.proxy.flowing.set()
             assert not list(self._folder.glob("*.safetensors"))
 
     def finish(self) -> int:
-        """Let it end, unthrottled; the bytes that crossed the network in all. Nothing but final names is left."""
+        """Let it end, unthrottled; the bytes that its processes received in all. Nothing but final names is left."""
         self.proxy.rate = 1e9
         subprocess.run(self._command, env=self._environment, check=True, capture_output=True, timeout=60)
         self.proxy.close()
         assert all(path.suffix == ".safetensors" for path in self._folder.iterdir())
-        return self.proxy.down
+        return self.proxy.down - self._unread
 
     def fail(self) -> str:
         """Let it run into what must end it, unthrottled; its words. No final name appears."""
