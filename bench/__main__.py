@@ -42,6 +42,7 @@ BENCHES: dict[str, str] = {
     "publish": "Publishing",
     "pull": "The miner's side",
     "coding": "Fewer bytes: the coding of chunks",
+    "coding_link": "Fewer bytes: pulls over 100 Mbit/s",
     "submissions": "Submissions",
     "evaluate": "Evaluation: from file to loss",
     "micro": "The hot path, piece by piece",

@@ -14,9 +14,6 @@ little; each is the median of some rounds, in which all take turns. Decoding wri
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,12 +26,13 @@ import numpy.typing as npt
 import zipnn
 import zstandard
 
+from bench.command import command
 from bench.corpus import RATES, make_corpus
 from bench.rows import row_of
 from bzstream.coding import Decoder, Encoder, Layout
 from bzstream.tensorfile import parse_head
 
-__all__ = ["run"]
+__all__ = ["measure_all"]
 
 CHUNK = 8 << 20
 ROUNDS = 5
@@ -186,8 +184,8 @@ def compare(title: str, data: list[Piece], rounds: int, *, ratio_target: str = "
     ]
 
 
-def run(quick: bool = False, corpus: Path | None = None) -> list[dict[str, Any]]:
-    """Train, measure; rows as `bench.rows.row_of` makes them."""
+def measure_all(quick: bool = False, corpus: Path | None = None) -> dict[str, Any]:
+    """Train, and measure all coders on all versions."""
     rounds = 1 if quick else ROUNDS
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="bzstream-bench-") as folder:
@@ -208,22 +206,18 @@ def run(quick: bool = False, corpus: Path | None = None) -> list[dict[str, Any]]
     half = len(noise) // 2
     rows += compare("Gaussian, fresh", noise[:half], rounds)
     rows += compare("Gaussian, difference", noise[half:], rounds)
-    return rows
+    return {"rows": rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--corpus", type=Path, metavar="FOLDER", help="where trained versions are kept")
-    options = parser.parse_args()
-    rows = run(options.quick, options.corpus)
-    for row in rows:
-        mark = "" if not row["target"] else "ok" if row["met"] else "MISSED"
-        print(f"{row['name']:<55} {row['subject']:<9} {row['median']:>8.3f} {row['unit']:<5} {row['target']:<8} {mark}")
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=2))
-    sys.exit(0 if all(row["met"] is not False for row in rows) else 1)
+    command(
+        "coding",
+        __doc__,
+        measure_all,
+        lambda parser: parser.add_argument(
+            "--corpus", type=Path, metavar="FOLDER", help="where trained versions are kept for the next run"
+        ),
+    )
 
 
 if __name__ == "__main__":

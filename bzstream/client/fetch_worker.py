@@ -168,11 +168,14 @@ class FetchWorker:
         )
 
     def _held_back(self) -> bool:
-        """Whether to receive no more now, as the SHA-256 would only have to read it back from the disk later.
+        """Whether to receive no more now, as the SHA-256 would only have to read it back from the disk later, or as
+        fewer bytes will do in a moment.
 
-        That is so when it is behind, and needs longer for what it has to do than the network does.
+        The first is so when it is behind, and needs longer for what it has to do than the network does.
         """
         state, sha256 = self._state, self._state.sha256
+        if state.coded is not None and state.coded.waiting:
+            return True
         if sha256 is None or sha256.backlog <= state.tuning.backlog or state.rate <= 0:
             return False
         return state.plan.open_bytes / state.rate < (state.plan.size - sha256.position) / sha256.rate

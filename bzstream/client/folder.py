@@ -121,12 +121,15 @@ class OldFile:
     def sha256(self, stopped: threading.Event) -> bytes | None:
         """The digest of the whole file, None when it was stopped or cannot be read."""
         hasher, buffer, offset = hashlib.sha256(), memoryview(bytearray(1 << 20)), 0
-        while offset < self.size:
-            view = buffer[: min(len(buffer), self.size - offset)]
-            if stopped.is_set() or not _read(self._fd, offset, view):
-                return None
-            hasher.update(view)
-            offset += len(view)
+        try:
+            while offset < self.size:
+                view = buffer[: min(len(buffer), self.size - offset)]
+                if stopped.is_set() or not _read(self._fd, offset, view):
+                    return None
+                hasher.update(view)
+                offset += len(view)
+        except DiskError:
+            return None
         return hasher.digest()
 
     def close(self) -> None:
