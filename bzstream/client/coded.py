@@ -168,8 +168,6 @@ class CodedChunks:
 
     def _hash_base(self) -> None:
         assert self._base is not None
-        import bzstream.coding  # noqa: F401  in this moment nobody waits for the import
-
         self._base_hash = self._base.sha256(self._stopped)
 
     def _usable(self) -> Sequence[Coding]:
