@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +29,8 @@ def commit(
 
     Nobody can tell the file from the commitment, or use it for another hotkey.
     """
+    import asyncio
+
     from bzstream.chain.commitments import commitment_text
     from bzstream.chain.keys import load_key
     from bzstream.chain.sdk_commitments import write_commitment

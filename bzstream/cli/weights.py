@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bzstream.cli._options import AsJson, Config, LedgerFile, Store, existing_ledger, settings_of
-from bzstream.config import ChainSettings
 from bzstream.errors import BzstreamError
+
+if TYPE_CHECKING:
+    from bzstream.config import ChainSettings
 
 __all__ = ["weights"]
 
