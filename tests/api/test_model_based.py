@@ -241,7 +241,7 @@ def check(ask: Ask, want: Want, answer: Answer) -> None:
 def desk_of_small(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     place = tmp_path_factory.mktemp("modelled")
     (place / "store").symlink_to(small_store)
-    environment = {"BZ_LEDGER_POLL_S": "0.02", "BZ_HTTP_LINGER_S": "0.5", "BZ_HTTP_MAX_CONNECTIONS_PER_CALLER": "1000"}
+    environment = {"BZ_HTTP_LINGER_S": "0.5", "BZ_HTTP_MAX_CONNECTIONS_PER_CALLER": "1000"}
     with running_node(place, "--ledger", str(place / "ledger.sqlite"), environment=environment) as node:
         yield Desk(node)
         assert troubles(node) == []
