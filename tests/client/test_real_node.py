@@ -18,7 +18,7 @@ from tests.nodes import BLOCK, GROUPS, VERSION, Node, running_node
 from tests.seeds import seeds
 
 KILLS = seeds(3, 8)
-RATE = 20_000_000
+RATE = 12_000_000
 
 
 @pytest.fixture(scope="module")

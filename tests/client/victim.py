@@ -24,7 +24,7 @@ class Victim:
         self._folder = folder
         self._command = [
             sys.executable, "-m", "bzstream", "pull", self.proxy.url, *units, "--out", str(folder),
-            "--connections", "8",
+            "--connections", "4",
         ]  # fmt: skip
         # Compiled once, as an installed package is, also where nothing may be written beside the sources.
         compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(folder.parent / "compiled")}
@@ -36,10 +36,10 @@ class Victim:
             process = subprocess.Popen(
                 self._command, env=self._environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
             )
-            # A random amount of work, then a random moment inside it.
-            goal = self.proxy.down + chance.randrange(1, 2 * size // times)
-            deadline = time.monotonic() + 30
-            while self.proxy.down < goal and process.poll() is None:
+            # A random moment inside this kill's part of the bytes; the last leaves some for `finish`.
+            goal = int(size * (number + chance.random()) / times)
+            begun, deadline = self.proxy.down, time.monotonic() + 60
+            while self.proxy.down < max(goal, begun + 1) and process.poll() is None:
                 assert time.monotonic() < deadline, "the pull makes no progress"
                 time.sleep(0.002)
             assert process.poll() is None, (number, process.communicate()[1])
