@@ -7,11 +7,13 @@ demand. The chain behind it is `subtensor`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable
 from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
 
 from tests.chain.runtime import opaque_metadata, runtime
 from tests.chain.subtensor import VERSION, Block, PoolError, Subtensor, hash_of
@@ -240,4 +242,5 @@ class FakeNode:
 
 async def _notify(connection: ServerConnection, method: str, subscription: str, result: object) -> None:
     params = {"subscription": subscription, "result": result}
-    await connection.send(json.dumps({"jsonrpc": "2.0", "method": method, "params": params}))
+    with contextlib.suppress(ConnectionClosed):  # it goes on without those who left
+        await connection.send(json.dumps({"jsonrpc": "2.0", "method": method, "params": params}))
