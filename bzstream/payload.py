@@ -21,12 +21,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
+from bzstream.util.counted import Counted
 from bzstream.util.files import file_stamp, read_fully, stamp_of
 
 __all__ = ["Extent", "Payload", "UnitFile", "size_of"]
 
 
-class UnitFile:
+class UnitFile(Counted):
     """An immutable file, open for reading, with a count of its users; closed when the count falls to 0.
 
     `intact()` is the cheap test before each download that the file is still the one that was opened; a sender that
@@ -35,9 +36,10 @@ class UnitFile:
     Raises OSError from the constructor when the file cannot be opened or is not a regular file.
     """
 
-    __slots__ = ("_references", "_stamp", "broken", "fd", "path", "size")
+    __slots__ = ("_stamp", "broken", "fd", "path", "size")
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self.path = path
         # Without O_NONBLOCK, opening a named pipe would wait for its writer for ever.
         self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -47,7 +49,6 @@ class UnitFile:
             raise OSError(errno.EINVAL, "it is not a regular file", str(path))
         self.size = status.st_size
         self._stamp = stamp_of(status)
-        self._references = 1
         self.broken = False
 
     @property
@@ -60,18 +61,9 @@ class UnitFile:
         self.broken = self.broken or file_stamp(self.fd) != self._stamp
         return not self.broken
 
-    def retain(self) -> None:
-        """Count one more user. The caller must already hold, or be lent, a reference."""
-        assert self._references > 0, "a closed unit file was retained"
-        self._references += 1
-
-    def release(self) -> None:
-        """Give one reference back; the last one closes the file."""
-        assert self._references > 0, "a unit file was released more often than retained"
-        self._references -= 1
-        if self._references == 0:
-            os.close(self.fd)
-            self.fd = -1
+    def on_last_release(self) -> None:
+        os.close(self.fd)
+        self.fd = -1
 
 
 class Extent(NamedTuple):

@@ -24,7 +24,7 @@ from bzstream.model.snapshot import Snapshot, Unit, open_snapshot
 from bzstream.model.snapshot_cache import SnapshotCache
 
 if TYPE_CHECKING:
-    from bzstream.model.publishing import Publication, PublishedUnit, publish, publish_state_dict
+    from bzstream.model.publishing import Publication, PublishedUnit, PublishOptions, publish, publish_state_dict
 
 __all__ = [
     "BadCheckpoint",
@@ -32,6 +32,7 @@ __all__ = [
     "ManifestSigner",
     "ModelError",
     "Publication",
+    "PublishOptions",
     "PublishedUnit",
     "Snapshot",
     "SnapshotCache",
@@ -48,6 +49,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Publication", "PublishedUnit", "publish", "publish_state_dict"):
+    if name in ("Publication", "PublishOptions", "PublishedUnit", "publish", "publish_state_dict"):
         return getattr(importlib.import_module("bzstream.model.publishing"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 from bzstream.model.checkpoint import Checkpoint, open_folder
 from bzstream.model.errors import BadExpertMap, ModelError, StoreDamaged, StoreFailed
@@ -35,7 +35,7 @@ from bzstream.model.store import Store
 from bzstream.model.write_units import Outcome, UnitOutcome, write_units
 from bzstream.util.durable import write_file
 
-__all__ = ["Publication", "PublishedUnit", "publish", "publish_state_dict"]
+__all__ = ["Publication", "PublishOptions", "PublishedUnit", "publish", "publish_state_dict"]
 
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """The contract's form of a model version. It is also a safe file name that does not begin with a dot."""
@@ -85,18 +85,37 @@ class Publication:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Request:
-    """What the caller asked for. Raises ModelError when it makes no sense."""
+class PublishOptions(TypedDict, total=False):
+    """What `publish` and `publish_state_dict` both take.
 
-    block: int
-    version: str
+    Either `experts` (a JSON file, the subnet's folder of tasks, or the map itself) or `groups` (an even split) says
+    which group trains which experts. The newest `keep` versions stay, 3 by default. `signer` signs the manifests.
+    `progress` is called with (bytes done, bytes in all). With `dry_run` nothing is written, not even the store's
+    folder.
+    """
+
+    block: Required[int]
+    version: Required[str]
     experts: Experts | None
     groups: int | None
     keep: int
     signer: ManifestSigner | None
     progress: Progress | None
     dry_run: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    """The options, checked. Raises ModelError when they make no sense."""
+
+    block: int
+    version: str
+    experts: Experts | None = None
+    groups: int | None = None
+    keep: int = 3
+    signer: ManifestSigner | None = None
+    progress: Progress | None = None
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         if not _VERSION.fullmatch(self.version):
@@ -124,56 +143,25 @@ class _Request:
         return found
 
 
-def publish(
-    source: Path,
-    store: Path,
-    *,
-    block: int,
-    version: str,
-    experts: Experts | None = None,
-    groups: int | None = None,
-    keep: int = 3,
-    signer: ManifestSigner | None = None,
-    progress: Progress | None = None,
-    dry_run: bool = False,
-) -> Publication:
+def publish(source: Path, store: Path, **options: Unpack[PublishOptions]) -> Publication:
     """Publish the checkpoint folder `source` to the folder `store` as `version`, taken at chain block `block`.
 
-    Either `experts` (a JSON file, the subnet's folder of tasks, or the map itself) or `groups` (an even split) says
-    which group trains which experts. The newest `keep` versions stay. `signer` signs the manifests. With `dry_run`
-    nothing is written, not even the store's folder. Raises ModelError; what is served is then as it was.
+    `PublishOptions` says what else there is. Raises ModelError; what is served is then as it was.
     """
-    request = _Request(
-        block=block, version=version, experts=experts, groups=groups, keep=keep, signer=signer, progress=progress,
-        dry_run=dry_run,
-    )  # fmt: skip
+    request = _Request(**options)
     with open_folder(source) as checkpoint:
         return _publish(checkpoint, Store(store), request)
 
 
 def publish_state_dict(
-    tensors: Mapping[str, Any],
-    config: Mapping[str, Any] | None,
-    store: Path,
-    *,
-    block: int,
-    version: str,
-    experts: Experts | None = None,
-    groups: int | None = None,
-    keep: int = 3,
-    signer: ManifestSigner | None = None,
-    progress: Progress | None = None,
-    dry_run: bool = False,
+    tensors: Mapping[str, Any], config: Mapping[str, Any] | None, store: Path, **options: Unpack[PublishOptions]
 ) -> Publication:
     """As `publish`, for a model in memory: `tensors` maps names to numpy arrays or torch tensors (any device).
 
     `config` is what config.json would hold (`model.config.to_dict()`). The tensors must not change meanwhile: unlike
     a file's, their change cannot be noticed. Contiguous CPU tensors are read in place; others are copied one by one.
     """
-    request = _Request(
-        block=block, version=version, experts=experts, groups=groups, keep=keep, signer=signer, progress=progress,
-        dry_run=dry_run,
-    )  # fmt: skip
+    request = _Request(**options)
     with open_state_dict(tensors, config) as checkpoint:
         return _publish(checkpoint, Store(store), request)
 

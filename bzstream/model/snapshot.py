@@ -30,6 +30,7 @@ from bzstream.model.record import (
 )
 from bzstream.model.small_files import CONFIG, MAX_FILES, parse_config
 from bzstream.payload import Extent, Payload, UnitFile
+from bzstream.util.counted import Counted
 from bzstream.util.files import file_stamp, read_small_file
 
 __all__ = ["CodedUnit", "Snapshot", "Unit", "open_snapshot"]
@@ -99,8 +100,8 @@ class OpenFiles:
             file.release()
 
 
-class Snapshot:
-    """One published version, open. Counted: `release` by the last holder closes what nothing else holds.
+class Snapshot(Counted):
+    """One published version, open; its last user gives back its references to its files.
 
     References are counted on one thread, the event loop's where there is one.
     """
@@ -114,6 +115,7 @@ class Snapshot:
         unverified: tuple[tuple[UnitFile, tuple[str, ...]], ...] = (),
     ) -> None:
         """Raises StoreDamaged when the snapshot's config.json is not the one that was published."""
+        super().__init__()
         activation = read_activation(folder, record)
         self.version = record.version
         self.block = record.block
@@ -143,7 +145,6 @@ class Snapshot:
         self.unverified = unverified
         """Files marked `broken` until a `Verifier` has found them to have these chunk hashes."""
         self._files = files
-        self._references = 1
 
     def partial(self, group: int) -> Unit | None:
         return self.units.get(f"partial/{group}")
@@ -161,17 +162,8 @@ class Snapshot:
         stamp = file_stamp(file.fd)
         return any(own.intact() and file_stamp(own.fd) == stamp for own in self._files.opened)
 
-    def retain(self) -> None:
-        """Hold the snapshot open; pair each call with one `release`."""
-        assert self._references > 0, "a closed snapshot was retained"
-        self._references += 1
-
-    def release(self) -> None:
-        """Give one reference back; the last one closes the snapshot, which gives back its references to its files."""
-        assert self._references > 0, "a snapshot was released more often than retained"
-        self._references -= 1
-        if self._references == 0:
-            self._files.close()
+    def on_last_release(self) -> None:
+        self._files.close()
 
 
 def open_snapshot(folder: Path, known: Snapshot | None = None) -> Snapshot:

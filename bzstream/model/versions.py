@@ -16,16 +16,16 @@ __all__ = ["Version", "list_versions", "remove_version", "sign_version", "use_ve
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One version. `activated_at` is in seconds since 1970, `size` the full model's in bytes, `hotkey` the signer's."""
+    """One version. `hotkey` is the signer's, `size` the full model's in bytes, `activated_at` in seconds since 1970."""
 
     version: str
-    block: int
-    activated_at: int
-    size: int
-    hotkey: str | None
     current: bool
     pinned: bool
     """Whether it is the base of a round that is not settled yet."""
+    hotkey: str | None
+    block: int
+    size: int
+    activated_at: int
 
 
 def list_versions(path: Path) -> tuple[Version, ...]:

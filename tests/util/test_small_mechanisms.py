@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bzstream.util.backoff import backoff
+from bzstream.util.counted import Counted
 from bzstream.util.dtypes import BY_FRAMEWORK_NAME, DTYPES
 from bzstream.util.loops import call_in_loop, settle, settle_in_loop
 from bzstream.util.statistics import jain, quantile
@@ -103,3 +104,22 @@ def test_figures() -> None:
     assert math.isnan(quantile([], 0.5))
     assert jain([2.0, 2.0]) == jain([]) == jain([0.0, 0.0]) == 1.0
     assert jain([1.0, 0.0, 0.0, 0.0]) == 0.25
+
+
+def test_the_last_user_closes() -> None:
+    class Door(Counted):
+        closed = 0
+
+        def on_last_release(self) -> None:
+            self.closed += 1
+
+    door = Door()
+    door.retain()
+    door.release()
+    assert door.closed == 0
+    door.release()
+    assert door.closed == 1
+    for call in (door.retain, door.release):
+        with pytest.raises(AssertionError):
+            call()
+    assert door.closed == 1
