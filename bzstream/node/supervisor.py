@@ -148,7 +148,7 @@ class _Supervisor:
             listener.close()
         if metrics is not None:
             await metrics.close()
-        self._signal_children(signal.SIGTERM, "chain", "evaluator")
+        self._signal_children(signal.SIGTERM, "chain", "evaluator", "coding")
         self._signal_children(signal.SIGUSR1 if successor or outlived else signal.SIGTERM, "http")
         if successor is not None:
             self._log.info("succeeded by another node")
@@ -196,6 +196,8 @@ class _Supervisor:
         if "evaluator" in self._roles:
             devices = [self._settings.evaluation.device] if self._settings.evaluation.device else gpus() or ["cpu"]
             children += [ChildSpec("evaluator", i, self._settings, device=device) for i, device in enumerate(devices)]
+        if self._listeners and self._settings.coding.enabled:
+            children.append(ChildSpec("coding", 0, self._settings))
         return children
 
     async def _monitor(self, spec: ChildSpec) -> None:
