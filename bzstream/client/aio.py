@@ -1,8 +1,8 @@
-"""The same calls for asyncio: the transfer runs in a thread of its own, and cancelling the await stops it.
+"""`pull_async` and `fetch_tensors_async`: the same calls for asyncio.
 
-A transfer is threads over blocking sockets because that is what fills memory fastest from Python; an event loop would
-only add a copy. So the coroutine waits for the thread, and when it is cancelled it stops the transfer and waits until
-its threads are gone before the cancellation goes on: no file is written after the caller believes that it is over.
+The transfer runs in a thread of its own, with blocking sockets, because that is what fills memory fastest from Python.
+The coroutine waits for that thread. When it is cancelled it stops the transfer and waits until its threads are gone
+before the cancellation goes on: no file is written after the caller believes that it is over.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""A worker: one thread with one connection that fetches run after run.
+"""A fetch worker: one thread with one connection that fetches one run of bytes after another.
 
-It takes a run of bytes from the plan, receives it into the sink's memory, feeds BLAKE3 while the bytes are in the
-processor's cache, and has each chunk judged in the moment in which it is complete. Trouble with its connection costs
-the worker a moment; trouble with a mirror keeps everybody from asking it for a while; a mirror that lies is dropped.
+It takes a run from the plan, receives it into the sink's memory, feeds BLAKE3 while the bytes are in the processor's
+cache, and checks each chunk as soon as it is complete. A fault of its connection makes this worker wait a moment. A
+fault of the mirror (one of the URLs) makes all workers leave it alone for a while. A mirror that sends wrong data is
+used no more. Started by `Transfer`, which also decides how many workers there are.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from bzstream.client.errors import (
     TransientError,
     VersionChanged,
 )
+from bzstream.client.fetch_plan import Segment
 from bzstream.client.mirror import Mirror
-from bzstream.client.plan import Segment
-from bzstream.client.sinks import Writer
+from bzstream.client.sinks import SinkWriter
 from bzstream.client.transfer_state import TransferState
 from bzstream.httpclient import Connection
 from bzstream.util.backoff import backoff
@@ -36,7 +37,7 @@ NICE = 5
 """Beside a SHA-256, which cannot be split and sets the pace, workers stand back on full cores: 7% on two. (On Linux a
 thread has a nice value of its own.)"""
 WAIT_S = 0.05
-"""How long a worker without work sleeps before it looks whether a theft pays now."""
+"""How long a worker without work sleeps before it looks whether stealing pays now."""
 
 
 class FetchWorker:
@@ -48,7 +49,7 @@ class FetchWorker:
         self._connection: Connection | None = None
         self._mirror: Mirror | None = None
         """Where the connection leads."""
-        self._writer: Writer = state.sink.writer(state.sha256.hand_over if state.sha256 is not None else None)
+        self._writer: SinkWriter = state.sink.writer(state.sha256.hand_over if state.sha256 is not None else None)
         self._slot: int | None = None
         """The journal's slot for the range that is being received."""
         self._slot_begin = 0
@@ -65,7 +66,7 @@ class FetchWorker:
         try:
             while (job := self._next_job()) is not None:
                 segment, mirror = job
-                trouble: ClientError | None = None
+                fault: ClientError | None = None
                 try:
                     connection = self._connect(mirror)
                     if segment.coded:
@@ -76,20 +77,20 @@ class FetchWorker:
                 except DiskError:
                     raise
                 except ClientError as error:
-                    trouble = error
+                    fault = error
                     self._close_connection()
                     failures += 1
                 finally:
                     self._finish(segment, mirror)
-                if trouble is not None:
-                    self._handle_error(mirror, trouble, failures)
+                if fault is not None:
+                    self._handle_error(mirror, fault, failures)
         finally:
             with self._state.lock:
                 self._state.busy.pop(self._number, None)
             if self._connection is not None:
                 self._state.session.keep(self._connection)
 
-    # What to do next
+    # Choosing a run
 
     def _next_job(self) -> tuple[Segment, Mirror] | None:
         """Wait for something to do; None when there will be nothing more for this worker."""
@@ -151,7 +152,7 @@ class FetchWorker:
         share = state.plan.open_bytes // (2 * workers)
         if mirror.rtt < tuning.near_rtt_s:
             return max(state.plan.chunk_size, min(run, share))
-        # On a far link one chunk may take seconds. It is shared out before anybody begins with it: a theft later would
+        # On a far link one chunk may take seconds. It is shared out before anybody begins with it: stealing later would
         # cost a connection that has its window open.
         return max(tuning.min_run, min(run or share, share) // 4096 * 4096)
 
@@ -163,7 +164,7 @@ class FetchWorker:
             now,
             pace=self._pace or state.rate / max(1, state.target),
             least=tuning.min_steal,
-            least_s=3 * mirror.rtt + tuning.theft_s,
+            least_s=3 * mirror.rtt + tuning.steal_s,
             stuck_s=tuning.stuck_s,
         )
 
@@ -180,7 +181,7 @@ class FetchWorker:
             return False
         return state.plan.open_bytes / state.rate < (state.plan.size - sha256.position) / sha256.rate
 
-    # Doing it
+    # Fetching
 
     def _connect(self, mirror: Mirror) -> Connection:
         """The worker's connection, if it is good for another request to this mirror, else a new one."""
@@ -264,7 +265,7 @@ class FetchWorker:
             state.session.open_coded(connection, mirror, state.manifest, state.version, coding, index)
             raw = self._receive_coded(connection, mirror, segment, coding.chunks[index][1])
         except (VersionChanged, Refused, ProtocolViolation, Busy):
-            # It has other coded files, none, or trouble of its own: what is more than that, a plain request finds out.
+            # It has other coded files, none, or a fault of its own: what is more than that, a plain request finds out.
             coded.skip_mirror(mirror.number)
             segment.alone = False
             self._close_connection()
@@ -279,9 +280,9 @@ class FetchWorker:
                 )
             with state.changed:
                 state.refetched += 1
-                verdict = mirror.note_wrong_chunk(index, f"{mirror.address} sent coded bytes with a wrong hash")
-                if verdict is not None:
-                    state.drop(mirror, verdict)
+                final = mirror.note_wrong_chunk(index, f"{mirror.address} sent coded bytes with a wrong hash")
+                if final is not None:
+                    state.drop(mirror, final)
             return
         length = plan.length(index)
         memory = state.sink.memory_at(segment.start, length)
@@ -329,7 +330,7 @@ class FetchWorker:
         return self._buffers[name]
 
     def _store(self, segment: Segment, mirror: Mirror, count: int, *, last: bool, wire: int | None = None) -> None:
-        """Pass received bytes on to the sink, note what is in it, have the chunk judged when it is complete.
+        """Pass received bytes on to the sink, note what is in it, have the chunk checked when it is complete.
 
         `wire`: how many of them came over the network and are not counted yet; default all.
         """
@@ -361,20 +362,20 @@ class FetchWorker:
                 self._state.changed.notify()
 
     def _handle_error(self, mirror: Mirror, error: ClientError, failures: int) -> None:
-        """Draw the consequences of an error, and make this worker wait a moment."""
+        """Note an error against its mirror or the transfer, and make this worker wait a moment."""
         state = self._state
         with state.changed:
             if state.over or state.failure is not None or isinstance(error, Stopped):
                 return
-            state.last_trouble = error
+            state.last_error = error
             if isinstance(error, VersionChanged) and len(state.mirrors) == 1:
                 state.failure = error
                 state.changed.notify_all()
                 return
             if mirror.dropped is None:
-                verdict = mirror.note_error(error, time.monotonic())
-                if verdict is not None:
-                    state.drop(mirror, verdict)
+                final = mirror.note_error(error, time.monotonic())
+                if final is not None:
+                    state.drop(mirror, final)
             # The first failure of a connection is met with another at once.
             pause = backoff(failures - 1, first=0.1, most=5.0)
             if isinstance(error, ProtocolViolation | VersionChanged):

@@ -1,8 +1,8 @@
-"""The folder that a pull writes into: its lock, the files of a unit, what older files can give.
+"""The folder that a pull writes into: its lock, the files of a unit, and chunks that older files can give.
 
 For a unit `group-0.safetensors` the folder holds, until it is finished, `.group-0.safetensors.part` (the bytes, with
 holes) and `.group-0.safetensors.state` (the journal). Nothing unfinished ever has the final name. An older finished
-file is read only: chunks of it that the new manifest also has are copied instead of fetched.
+file is only read: chunks of it that the new manifest also has are copied instead of fetched.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A memory-mapped file beside the .part file. A store into a shared mapping survives `kill -9` the moment it is made, so
 progress is recorded for nothing: one byte for each chunk (1: verified), and a table of *slots*, each a range of bytes
-that were received of a chunk that is not complete. Slots are not trusted: their chunk is judged by its hash in the end.
+that were received of a chunk that is not complete. Slots are not trusted: their chunk is hashed in the end.
 
 Power loss is different: the kernel writes the .part file and this one back in any order. So the header names the boot
 it was written under; under another boot every chunk that claims to be verified is hashed again from the disk (several
@@ -64,7 +64,7 @@ class Journal:
         self._slots = memoryview(self._map)[self._slots_at :].cast("Q")
         self._spare: list[int] = []
         self._used: dict[int, list[int]] = {}
-        """Slots of each chunk that is not judged yet."""
+        """Slots of each chunk that is not checked yet."""
         for slot in range(SLOTS):
             begin, end = self._slots[2 * slot], self._slots[2 * slot + 1]
             if begin < end:
@@ -138,7 +138,7 @@ class Journal:
         self._slots[2 * slot + 1] = end
         return slot
 
-    def record_verdict(self, index: int, *, good: bool) -> None:
+    def mark_checked(self, index: int, *, good: bool) -> None:
         """A chunk is verified or thrown away; its ranges are forgotten either way."""
         if good:
             self._map[self._bytes_at + index] = 1

@@ -1,4 +1,4 @@
-"""One URL of a unit and how far it is to be believed: failures, strikes, back-off.
+"""One URL of a unit: its failures, its wrong chunks, and how long it is left alone after them.
 
 Pure but for the clock that is passed in; the transfer's lock guards it.
 """
@@ -37,7 +37,7 @@ class Mirror:
         self._tuning = tuning
         self._failures = 0
         self._violations = 0
-        self._strikes: Counter[int] = Counter()
+        self._wrong_chunks: Counter[int] = Counter()
 
     def note_good_chunk(self) -> None:
         """A chunk from it was right."""
@@ -61,6 +61,6 @@ class Mirror:
         return None
 
     def note_wrong_chunk(self, chunk: int, text: str) -> WrongHash | None:
-        """All of `chunk` came from here and is wrong; after a few times that is a verdict, in these words."""
-        self._strikes[chunk] += 1
-        return WrongHash(text) if self._strikes[chunk] >= self._tuning.strikes else None
+        """All of `chunk` came from here and is wrong; after a few times returns that error, in these words."""
+        self._wrong_chunks[chunk] += 1
+        return WrongHash(text) if self._wrong_chunks[chunk] >= self._tuning.max_wrong else None

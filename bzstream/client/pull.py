@@ -20,10 +20,10 @@ from bzstream.chain.keys import Key
 from bzstream.client.address import UnitRef
 from bzstream.client.coded import coded_chunks
 from bzstream.client.errors import ProtocolViolation, VersionChanged
+from bzstream.client.fetch_plan import FetchPlan
 from bzstream.client.folder import OldFile, UnitFiles, lock_folder, matching_chunks
 from bzstream.client.journal import Journal
 from bzstream.client.manifest import Manifest
-from bzstream.client.plan import Plan
 from bzstream.client.progress import Progress, PullReport, UnitReport, unit_report
 from bzstream.client.session import Session
 from bzstream.client.session_factory import Options, choose_receiver, open_session, unit_refs
@@ -145,7 +145,7 @@ class _Puller:
             if previous is not None:
                 moves += 1
                 futile = futile + 1 if manifest.sha256 == previous.sha256 else 0
-                if futile >= self.session.tuning.strikes or moves > _MOST_MOVES:
+                if futile >= self.session.tuning.max_wrong or moves > _MOST_MOVES:
                     raise ProtocolViolation(
                         f"{self.session.mirrors[0].address} keeps changing what it says its version of {unit.label} is"
                     )
@@ -258,7 +258,7 @@ class _Puller:
         if old is not None:
             present = set(done)
             old.keep_only(lambda index: index not in present)
-        plan = Plan(
+        plan = FetchPlan(
             manifest.size,
             manifest.chunk_size,
             done=done,

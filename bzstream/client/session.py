@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from bzstream.client.address import Address, UnitRef
+from bzstream.client.credentials import Credentials
 from bzstream.client.errors import (
     BadManifest,
     BadSignature,
@@ -23,7 +24,6 @@ from bzstream.client.errors import (
     TransientError,
     VersionChanged,
 )
-from bzstream.client.identity import Identity
 from bzstream.client.manifest import Coding, Manifest, parse_manifest
 from bzstream.client.mirror import Mirror
 from bzstream.client.responses import BUSY, redirect_error, refusal
@@ -43,13 +43,13 @@ class Session:
     def __init__(
         self,
         addresses: Sequence[Address],
-        identity: Identity,
+        credentials: Credentials,
         tuning: Tuning,
         *,
         ca_file: str | None = None,
         notify: Callable[[str], None] | None = None,
     ) -> None:
-        self.identity = identity
+        self.credentials = credentials
         self.tuning = tuning
         self.mirrors = [Mirror(number, address, tuning) for number, address in enumerate(addresses)]
         self.stopping = threading.Event()
@@ -168,8 +168,8 @@ class Session:
         body: bytes = b"",
     ) -> ResponseHead:
         """Proofs are for what the node sees: a prefix of the URL is for the proxy before it, which takes it off."""
-        identity = self.identity.headers(method, target, body, receiver=mirror.receiver)
-        return connection.exchange(method, mirror.address.prefix + target, [*identity, *fields], body)
+        credentials = self.credentials.headers(method, target, body, receiver=mirror.receiver)
+        return connection.exchange(method, mirror.address.prefix + target, [*credentials, *fields], body)
 
     def request_with_retries(
         self, method: str, target: str, body: bytes = b"", *, patience_s: float, mirror: Mirror | None = None

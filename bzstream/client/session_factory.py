@@ -10,8 +10,8 @@ import msgspec
 
 from bzstream.chain.keys import InvalidHotkey, Key, decode_hotkey, load_key
 from bzstream.client.address import VERSION_FORM, UnitRef, parse_address
+from bzstream.client.credentials import Credentials
 from bzstream.client.errors import TransientError, UsageError
-from bzstream.client.identity import Identity
 from bzstream.client.session import Session
 from bzstream.client.tuning import Tuning
 
@@ -86,8 +86,8 @@ def open_session(
     if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
         raise UsageError("the token has characters that no token can have; check BZ_AUTH_TOKEN")
     key = load_key(options.key) if isinstance(options.key, str) else options.key
-    identity = Identity(token, options.hotkey, key, options.receiver or options.validator_hotkey)
-    return Session(addresses, identity, tuning, ca_file=options.ca_file, notify=notify)
+    credentials = Credentials(token, options.hotkey, key, options.receiver or options.validator_hotkey)
+    return Session(addresses, credentials, tuning, ca_file=options.ca_file, notify=notify)
 
 
 class _NodeInfo(msgspec.Struct):
@@ -102,8 +102,8 @@ def choose_receiver(session: Session) -> None:
     A node that lies about it could pass a proof on to the node that it names, so that the caller is told; whoever knows
     the validator's hotkey gives it. Raises UsageError when the only node does not say, and what the request raises.
     """
-    identity = session.identity
-    if identity.key is None or identity.receiver is not None:
+    credentials = session.credentials
+    if credentials.key is None or credentials.receiver is not None:
         return
     for mirror in session.mirrors:
         try:

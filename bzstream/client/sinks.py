@@ -1,10 +1,10 @@
 """Where received bytes go: a .part file, or memory that will be tensors.
 
-A worker asks its writer for room, receives straight into it, and tells how much came. In memory the room *is* the
-destination. For a file it is a page-aligned buffer that fits the processor's cache, hashed there and then written:
-direct (past the page cache) when it filled up fast, because a copy saved on a fast link is half of the client's work;
-through the page cache, at once, when the link is slow, so that a kill loses next to nothing. Both can mix in one file
-because a direct write covers whole pages only.
+A fetch worker asks its writer for memory, receives straight into it, and tells how much came. In a memory sink that
+memory *is* the destination. For a file it is a page-aligned buffer that fits the processor's cache, hashed there and
+then written: direct (past the page cache) when it filled up fast, because the copy that this saves is half of the
+client's work on a fast link; through the page cache, at once, when the link is slow, so that a kill loses next to
+nothing. Both can mix in one file because a direct write covers whole pages only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bzstream.client.tuning import Tuning
 from bzstream.util.durable import replace_file
 from bzstream.util.files import read_fully, write_fully
 
-__all__ = ["Buffer", "FileSink", "MemorySink", "Sink", "Writer", "disk_error", "require_regular"]
+__all__ = ["Buffer", "FileSink", "MemorySink", "Sink", "SinkWriter", "disk_error", "require_regular"]
 
 PAGE = mmap.PAGESIZE
 
@@ -32,7 +32,7 @@ Buffer = tuple[mmap.mmap, memoryview]
 """Page-aligned memory and the view of it."""
 
 
-class Writer(Protocol):
+class SinkWriter(Protocol):
     """One worker's way into a sink."""
 
     def begin(self, position: int) -> None:
@@ -52,7 +52,7 @@ class Writer(Protocol):
 class Sink(Protocol):
     """The destination of one unit."""
 
-    def writer(self, spare: Callable[[int, Buffer], Buffer] | None) -> Writer: ...
+    def writer(self, spare: Callable[[int, Buffer], Buffer] | None) -> SinkWriter: ...
 
     def read(self, position: int, length: int) -> memoryview:
         """Bytes that are in the sink."""
@@ -71,7 +71,7 @@ class MemorySink:
         self.memory = memory
         self._piece = tuning.memory_piece
 
-    def writer(self, spare: Callable[[int, Buffer], Buffer] | None) -> Writer:
+    def writer(self, spare: Callable[[int, Buffer], Buffer] | None) -> SinkWriter:
         return _MemoryWriter(self.memory, self._piece)
 
     def read(self, position: int, length: int) -> memoryview:
@@ -133,7 +133,7 @@ class FileSink:
     def stat(self) -> os.stat_result:
         return os.fstat(self.fd)
 
-    def writer(self, spare: Callable[[int, Buffer], Buffer] | None) -> Writer:
+    def writer(self, spare: Callable[[int, Buffer], Buffer] | None) -> SinkWriter:
         return _FileWriter(self, spare)
 
     def read(self, position: int, length: int) -> memoryview:

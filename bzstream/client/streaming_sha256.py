@@ -1,8 +1,8 @@
-"""SHA-256 of the whole file, computed while it arrives: a thread that follows the verified prefix.
+"""SHA-256 of the whole file, computed in a thread of its own while the file arrives.
 
 SHA-256 runs at 1.2-1.6 GB/s and cannot be split, so on a fast link it decides when a pull ends, and anything that
-makes it wait or read from the disk costs. Writers therefore hand over the buffers they have just written; the follower
-hashes them from memory when their turn comes, up to a bounded number, and reads back what was not handed over.
+makes it wait or read from the disk costs. Fetch workers therefore hand over the buffers they have just written. This
+thread hashes them from memory when their turn comes, up to a bounded number, and reads back what was not handed over.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class StreamingSha256:
                     limit = self._limit
                     buffer = self._handed.pop(self.position, None)
                     if buffer is not None and self.position + self._tuning.buffer > limit:
-                        # Its chunk is not judged yet in its whole length: hash what is final, read the rest later.
+                        # Its chunk is not checked yet in its whole length: hash what is final, read the rest later.
                         self._spare.append(buffer)
                         buffer = None
                 began = time.monotonic()

@@ -16,8 +16,8 @@ from bzstream.chain.keys import Key
 from bzstream.client.address import UnitRef
 from bzstream.client.coded import coded_chunks
 from bzstream.client.errors import ProtocolViolation, UsageError, VersionChanged
+from bzstream.client.fetch_plan import FetchPlan
 from bzstream.client.manifest import Manifest
-from bzstream.client.plan import Plan
 from bzstream.client.progress import Progress, UnitReport
 from bzstream.client.session import Session
 from bzstream.client.session_factory import Options, choose_receiver, open_session
@@ -78,7 +78,7 @@ def fetch_tensors(
         _opened(session)
     try:
         choose_receiver(session)
-        for _ in range(session.tuning.strikes):
+        for _ in range(session.tuning.max_wrong):
             manifest = session.manifest(ref, version, validator_hotkey)
             try:
                 memory, owner = _allocate(manifest.size, framework, pin=pin)
@@ -129,7 +129,7 @@ def _receive(
     transfer = Transfer(
         session,
         manifest,
-        Plan(manifest.size, manifest.chunk_size),
+        FetchPlan(manifest.size, manifest.chunk_size),
         MemorySink(memory, session.tuning),
         version=options.version,
         workers=options.connections,

@@ -1,8 +1,9 @@
-"""Many connections, one unit: the conductor of the workers that fetch, check and repair it.
+"""Many connections, one unit: starts the workers that fetch, checks on them, and decides when it is over.
 
-The caller's thread conducts: it opens workers, and more of them while that makes the whole faster; cuts off those that
-hang when others are idle; reports progress; and decides when to give up: when no mirror is left, or when next to
-nothing came for `patience_s`.
+`Transfer.run` is called in the thread of `pull` or `fetch_tensors`, the control thread. It starts fetch workers, and
+more of them as long as that makes the whole faster; cuts off those that hang while others are idle; reports progress;
+and gives up when no mirror is left, or when next to nothing came for `patience_s`. Further threads copy chunks from an
+older file, write the journal to the disk, and compute the SHA-256.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import Protocol
 
 from bzstream.client.coded import CodedChunks
 from bzstream.client.errors import TransientError, VersionChanged, WrongHash
+from bzstream.client.fetch_plan import FetchPlan
 from bzstream.client.fetch_worker import FetchWorker
 from bzstream.client.journal import Journal
 from bzstream.client.manifest import Manifest
-from bzstream.client.plan import Plan
 from bzstream.client.progress import Progress, RateMeter, UnitReport, unit_report
 from bzstream.client.session import Session
 from bzstream.client.sinks import Sink
@@ -49,7 +50,7 @@ class Transfer:
         self,
         session: Session,
         manifest: Manifest,
-        plan: Plan,
+        plan: FetchPlan,
         sink: Sink,
         *,
         version: str | None,
@@ -185,7 +186,7 @@ class Transfer:
             on_progress(moment)
             if moment.fetched >= seen[0] + tuning.trickle or moment.verified != seen[1]:
                 seen, quiet_since = (moment.fetched, moment.verified), now
-            self._give_up_if_hopeless(now, quiet_since)
+            self._give_up_if_stuck(now, quiet_since)
             self._cut_off_stuck(now)
             if probing and now >= next_probe:
                 next_probe = now + probe_s
@@ -235,18 +236,18 @@ class Transfer:
         thread.start()
         return thread
 
-    def _give_up_if_hopeless(self, now: float, quiet_since: float) -> None:
+    def _give_up_if_stuck(self, now: float, quiet_since: float) -> None:
         state = self._state
         with state.lock:
             alive = [mirror for mirror in state.mirrors if mirror.dropped is None]
             if not alive:
-                # A move first: with another manifest the mirrors may be good again.
-                verdicts = [mirror.dropped for mirror in state.mirrors if mirror.dropped is not None]
-                raise next((error for error in verdicts if isinstance(error, VersionChanged)), verdicts[0])
+                # A changed version first: with another manifest the mirrors may be good again.
+                errors = [mirror.dropped for mirror in state.mirrors if mirror.dropped is not None]
+                raise next((error for error in errors if isinstance(error, VersionChanged)), errors[0])
             resume = min(mirror.not_before for mirror in alive)
-            trouble = state.last_trouble
+            last_error = state.last_error
         if now - max(quiet_since, min(resume, now)) > self._tuning.patience_s:
-            why = f" ({trouble})" if trouble is not None else ""
+            why = f" ({last_error})" if last_error is not None else ""
             raise TransientError(
                 f"next to nothing came for {self._tuning.patience_s:g} s{why}; the same call goes on from here"
             )

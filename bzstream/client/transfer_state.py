@@ -1,4 +1,4 @@
-"""What all threads of one transfer share: the plan, who is to blame, and the verdict on each chunk.
+"""What all threads of one transfer share: the plan, which mirror sent what, and the check of each complete chunk.
 
 One lock guards it; it is held for microseconds, never over I/O or hashing.
 """
@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 from bzstream.client.coded import CodedChunks
 from bzstream.client.errors import ClientError
+from bzstream.client.fetch_plan import FetchPlan
 from bzstream.client.journal import Journal
 from bzstream.client.manifest import Manifest
 from bzstream.client.mirror import Mirror
-from bzstream.client.plan import Plan
 from bzstream.client.session import Session
 from bzstream.client.sinks import Sink
 from bzstream.client.streaming_sha256 import StreamingSha256
@@ -33,7 +33,7 @@ class TransferState:
         self,
         session: Session,
         manifest: Manifest,
-        plan: Plan,
+        plan: FetchPlan,
         sink: Sink,
         *,
         version: str | None,
@@ -61,7 +61,7 @@ class TransferState:
         self.over = False
         self.failure: BaseException | None = None  # lock
         """What ends the transfer."""
-        self.last_trouble: ClientError | None = None  # lock
+        self.last_error: ClientError | None = None  # lock
         self.fetched = 0  # lock
         """Bytes that came over the network, of the payload or coded."""
         self.refetched = 0  # lock
@@ -125,7 +125,7 @@ class TransferState:
                 self.refetched += 1
                 self._blame(index, chunk.sources)
             if self.journal is not None:
-                self.journal.record_verdict(index, good=good)
+                self.journal.mark_checked(index, good=good)
             if plan.complete or not good:
                 self.changed.notify_all()
         if good:
@@ -144,7 +144,7 @@ class TransferState:
     def drop(self, mirror: Mirror, error: ClientError) -> None:
         """Say that a mirror is used no more. With the lock held."""
         mirror.dropped = error
-        self.last_trouble = error
+        self.last_error = error
         if len(self.mirrors) > 1:
             self.session.notify(f"{mirror.address} is left out: {error}")
 
@@ -152,10 +152,10 @@ class TransferState:
         if len(sources) != 1 or -1 in sources:
             return  # several had a hand in it; the next time it is fetched from one
         mirror = self.mirrors[next(iter(sources))]
-        verdict = mirror.note_wrong_chunk(
+        final = mirror.note_wrong_chunk(
             index,
             f"{mirror.address} sent chunk {index} of {self.manifest.unit.label} with a wrong hash "
-            f"{self.tuning.strikes} times; its copy is damaged or somebody changes it on the way",
+            f"{self.tuning.max_wrong} times; its copy is damaged or somebody changes it on the way",
         )
-        if verdict is not None:
-            self.drop(mirror, verdict)
+        if final is not None:
+            self.drop(mirror, final)

@@ -34,7 +34,7 @@ class Tuning:
     """Bytes of any other JSON answer."""
     max_retry_after_s: float = 300.0
     """A longer Retry-After is an outage, and is reported instead of waited for."""
-    strikes: int = 3
+    max_wrong: int = 3
     """The same chunk wrong so often from one URL drops that URL."""
     violations: int = 4
     """Answers against the protocol, without a good chunk in between, that drop a URL."""
@@ -74,7 +74,7 @@ class Tuning:
     """The last runs on a far link: with 1 MB/s a worker they all end within a second of each other."""
     min_steal: int = 64 * KIB
     """A rest smaller than this is not worth another request."""
-    theft_s: float = 0.02
+    steal_s: float = 0.02
     """A run that ends within this and three round trips is left to its owner."""
     first_claim: int = 64 * KIB
     claim_s: float = 0.1

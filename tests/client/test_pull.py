@@ -586,7 +586,7 @@ def test_a_journal_remembers_ranges_until_their_chunk_is_judged(node: Node, tmp_
     assert found is not None
     journal = found[0]
     assert journal.received() == [(10, 30), (65536, 65600)]
-    journal.record_verdict(0, good=True)
+    journal.mark_checked(0, good=True)
     assert journal.received() == [(65536, 65600)]
     assert journal.done[0] == 1
     journal.close()

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 
 from blake3 import blake3
 
-__all__ = ["Chunk", "Plan", "Segment"]
+__all__ = ["Chunk", "FetchPlan", "Segment"]
 
 
 class Segment:
@@ -61,7 +61,7 @@ class Chunk:
         """Which mirrors its bytes came from; -1 for bytes that an earlier process left."""
 
 
-class Plan:
+class FetchPlan:
     """The work of one unit.
 
     `done`: chunks that are already verified in the sink; `received`: ranges that are in the sink but belong to no

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from bzstream.chain.keys import Key
 from bzstream.chain.proofs import sign_request
 
-__all__ = ["Identity"]
+__all__ = ["Credentials"]
 
 AGENT = "bzstream"
 
 
 @dataclass(slots=True)
-class Identity:
+class Credentials:
     """`receiver`: SS58 hotkey of the node, which proofs name; without it a key only gives the hotkey to claim."""
 
     token: str | None = None

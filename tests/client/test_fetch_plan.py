@@ -7,12 +7,12 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bzstream.client.plan import Plan, Segment
+from bzstream.client.fetch_plan import FetchPlan, Segment
 
 KIB = 1024
 
 
-def run_lanes(plan: Plan, seed: int, workers: int, bad_chunks: set[int]) -> tuple[list[int], int]:
+def run_lanes(plan: FetchPlan, seed: int, workers: int, bad_chunks: set[int]) -> tuple[list[int], int]:
     """Lanes in random interleaving until the plan is complete: writes per byte of the last judged state, steps."""
     chance = random.Random(seed)
     written = [0] * plan.size
@@ -73,7 +73,7 @@ def test_every_byte_is_written_exactly_once(
     count = -(-size // chunk)
     done = data.draw(st.sets(st.integers(0, count - 1), max_size=count))
     bad = data.draw(st.sets(st.integers(0, count - 1), max_size=3)) - done
-    plan = Plan(size, chunk, done=done, min_claim=data.draw(st.sampled_from([1, 100, 65536])))
+    plan = FetchPlan(size, chunk, done=done, min_claim=data.draw(st.sampled_from([1, 100, 65536])))
     written, _ = run_lanes(plan, seed, workers, bad)
     for at, times in enumerate(written):
         assert times == (0 if at // chunk in done else 1)
@@ -95,7 +95,7 @@ def test_received_ranges_are_not_fetched_again(
     chunk = max(chunk, size // 100 + 1)
     count = -(-size // chunk)
     done = data.draw(st.sets(st.integers(0, count - 1), max_size=count))
-    plan = Plan(size, chunk, done=done, received=spans)
+    plan = FetchPlan(size, chunk, done=done, received=spans)
     had = [any(a <= at < b for a, b in spans) for at in range(size)]
     for index in plan.unverified:
         plan.verified(index)
@@ -116,7 +116,7 @@ def test_received_ranges_are_not_fetched_again(
 
 
 def test_runs_are_taken_from_the_front_in_whole_chunks_or_in_parts_of_one() -> None:
-    plan = Plan(1000 * KIB, 100 * KIB)
+    plan = FetchPlan(1000 * KIB, 100 * KIB)
     first = plan.take(0, 150 * KIB, 0.0)
     second = plan.take(1, 100 * KIB, 0.0)
     third = plan.take(2, 30 * KIB, 0.0)
@@ -129,7 +129,7 @@ def test_runs_are_taken_from_the_front_in_whole_chunks_or_in_parts_of_one() -> N
 
 
 def test_a_thief_takes_the_later_half_at_a_chunk_boundary_of_the_slowest_lane() -> None:
-    plan = Plan(1600 * KIB, 100 * KIB, min_claim=KIB)
+    plan = FetchPlan(1600 * KIB, 100 * KIB, min_claim=KIB)
     slow = plan.take(0, 800 * KIB, 0.0)
     fast = plan.take(1, 800 * KIB, 0.0)
     assert slow is not None
@@ -145,7 +145,7 @@ def test_a_thief_takes_the_later_half_at_a_chunk_boundary_of_the_slowest_lane() 
 
 
 def test_a_thief_splits_a_single_chunk_and_leaves_what_is_claimed() -> None:
-    plan = Plan(100 * KIB, 100 * KIB, min_claim=KIB)
+    plan = FetchPlan(100 * KIB, 100 * KIB, min_claim=KIB)
     owner = plan.take(0, 100 * KIB, 0.0)
     assert owner is not None
     assert plan.claim(owner, 40 * KIB) == 40 * KIB
@@ -159,7 +159,7 @@ def test_a_thief_splits_a_single_chunk_and_leaves_what_is_claimed() -> None:
 
 
 def test_a_stuck_lane_loses_everything_it_has_not_claimed() -> None:
-    plan = Plan(100 * KIB, 100 * KIB, min_claim=KIB)
+    plan = FetchPlan(100 * KIB, 100 * KIB, min_claim=KIB)
     owner = plan.take(0, 100 * KIB, 0.0)
     assert owner is not None
     plan.claim(owner, 10 * KIB)
@@ -169,7 +169,7 @@ def test_a_stuck_lane_loses_everything_it_has_not_claimed() -> None:
 
 
 def test_a_wrong_chunk_is_fetched_alone_and_cannot_be_stolen() -> None:
-    plan = Plan(300 * KIB, 100 * KIB)
+    plan = FetchPlan(300 * KIB, 100 * KIB)
     plan.failed(1)
     again = plan.take(0, 1000 * KIB, 0.0)
     assert again is not None
@@ -181,7 +181,7 @@ def test_a_wrong_chunk_is_fetched_alone_and_cannot_be_stolen() -> None:
 
 
 def test_a_run_is_not_passed_on_before_its_first_byte() -> None:
-    plan = Plan(1000 * KIB, 1000 * KIB, min_claim=64 * KIB)
+    plan = FetchPlan(1000 * KIB, 1000 * KIB, min_claim=64 * KIB)
     assert plan.take(0, 1000 * KIB, 0.0) is not None
     assert plan.steal(1, 0.5, pace=1e6, least=KIB, least_s=1, stuck_s=10) is None, "it has hardly begun"
     stolen = plan.steal(1, 20.0, pace=1e6, least=KIB, least_s=1, stuck_s=10)
