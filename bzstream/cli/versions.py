@@ -21,4 +21,5 @@ def versions(store: StoreFolder, as_json: AsJson = False) -> None:
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(each.activated_at))
         signed = f", signed by {each.hotkey}" if each.hotkey else ", not signed"
         marks = "".join(f"  ({word})" for word, on in (("current", each.current), ("in a round", each.pinned)) if on)
-        print(f"{each.version}  block {each.block}, made current {when}, {each.size:,} bytes{signed}{marks}")
+        coded = f" and {each.coded:,} of coded forms" if each.coded else ""
+        print(f"{each.version}  block {each.block}, made current {when}, {each.size:,} bytes{coded}{signed}{marks}")

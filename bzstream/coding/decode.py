@@ -40,8 +40,7 @@ class Decoder:
     """Decodes chunks; one for each thread that does so."""
 
     def __init__(self) -> None:
-        # The encoder's frames have no window beyond their content; another's could ask for 128 MiB of memory.
-        self._zstd = zstandard.ZstdDecompressor(max_window_size=MAX_BLOCK_ELEMENTS)
+        self._zstd = zstandard.ZstdDecompressor()
         self._bits, self._upper = np.empty((2, MAX_BLOCK_ELEMENTS), np.uint16)
 
     def decode(self, coded: Buffer, chunk: bytearray | memoryview, base: Buffer | None = None) -> None:
@@ -96,8 +95,8 @@ class Decoder:
             return np.frombuffer(stored, np.uint8)
         try:
             frame = zstandard.get_frame_parameters(stored)
-            if frame.content_size != count or frame.dict_id:
-                raise CodingError("the coded chunk is damaged: a plane has another size than its block says")
+            if frame.content_size != count or frame.dict_id or frame.window_size > MAX_BLOCK_ELEMENTS:
+                raise CodingError("the coded chunk is damaged: a plane's frame is not what its block says")
             plane = self._zstd.decompress(stored, max_output_size=count, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise CodingError(f"the coded chunk is damaged: zstd says: {error}") from None

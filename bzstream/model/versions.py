@@ -22,6 +22,8 @@ class Version:
     current: bool
     pinned: bool
     """Whether it is the base of a round that is not settled yet."""
+    coded: int
+    """Bytes of its coded files (docs/coding.md)."""
     hotkey: str | None
     block: int
     size: int
@@ -41,6 +43,7 @@ def list_versions(path: Path) -> tuple[Version, ...]:
             hotkey=record.hotkey,
             current=record.version == current,
             pinned=record.version in pinned,
+            coded=_coded_bytes(store.folder(record.version)),
         )
         for record in store.records()
     )
@@ -62,6 +65,13 @@ def sign_version(path: Path, version: str, signer: ManifestSigner) -> None:
     """Sign a version's manifests, anew if they are signed; the units stay what they are. Raises ModelError."""
     with _changing(path) as store:
         store.sign(version, signer)
+
+
+def _coded_bytes(folder: Path) -> int:
+    try:
+        return sum(file.stat().st_size for file in (folder / "coded").iterdir())
+    except OSError:
+        return 0  # it has none, or they are going away
 
 
 def _store(path: Path) -> Store:

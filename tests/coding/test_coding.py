@@ -239,6 +239,8 @@ def frame(content: bytes, **options: bool) -> bytes:
     return zstandard.ZstdCompressor(**options).compress(content)  # type: ignore[arg-type]
 
 
+RLE_BLOCK_OF_4096 = (1 | 1 << 1 | 4096 << 3).to_bytes(3, "little") + b"\0"
+
 HOSTILE = {
     "nothing": b"",
     "unknown width": b"\x03" + bytes(12),
@@ -263,9 +265,9 @@ HOSTILE = {
     "a base is needed": block(4, 4096, frame(bytes(4096))),
     "a base is needed for wide differences": block(0b1101, 2048, frame(bytes(2048)), frame(bytes(2048))),
     "longer than the chunk": bytes(4097),
-    # A frame of 4096 bytes of content whose head asks for a window of 128 MiB and whose size field says 4096.
+    # A valid frame: a window of 128 MiB, 4096 bytes of content, one block that repeats a byte (RFC 8878, 3.1.1).
     "window of 128 MiB": block(
-        0, 4096, struct.pack("<IBBH", 0xFD2FB528, 0b0100_0000, (27 - 10) << 3, 4096 - 256) + frame(bytes(4096))[-8:]
+        0, 4096, struct.pack("<IBBH", 0xFD2FB528, 0b0100_0000, (27 - 10) << 3, 4096 - 256) + RLE_BLOCK_OF_4096
     ),
 }
 

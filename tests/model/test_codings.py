@@ -15,6 +15,7 @@ from bzstream.chain.keys import Key, canonical_json, decode_signature, verify
 from bzstream.model import SnapshotCache, StoreFailed, Unit, open_snapshot, publish
 from bzstream.model.encode_units import encode_current
 from bzstream.model.store import Store
+from bzstream.model.versions import list_versions
 
 from ..coding.second_decoder import decode
 from .build import SPLIT, Spec, fused, tree, write_checkpoint
@@ -298,6 +299,14 @@ def test_closing_leaves_no_descriptor(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before + 6
     snapshot.release()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_versions_say_how_much_room_codings_take(tmp_path: Path) -> None:
+    store = publish_step(tmp_path, 0)
+    assert list_versions(store.path)[0].coded == 0
+    assert encode_current(store, bases=1)
+    on_disk = sum(path.stat().st_size for path in (store.folder("v0") / "coded").iterdir())
+    assert list_versions(store.path)[0].coded == on_disk > 0
 
 
 def test_codings_go_with_their_version(tmp_path: Path) -> None:
