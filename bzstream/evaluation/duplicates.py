@@ -1,7 +1,7 @@
-"""Copies, across evaluators: what the ledger and the evaluations' records say about a round's submissions together.
+"""Finds copies among all of a round's submissions in the ledger, by the rules of `scoring.copies`.
 
-Any evaluator may finish a round's last submission, so whoever finishes one looks at all that are there; the rules
-themselves are in `scoring.py`. Blocking.
+Any evaluator may finish a round's last submission, so each looks at all submissions that are there whenever it has
+finished one. Blocking: the pipeline calls it in a thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["is_duplicate", "reject_copies"]
 
 
 def is_duplicate(ledger: Ledger, records: Records, record: SubmissionRow, weights: str) -> bool:
-    """Whether another hotkey's submission with precedence has the very same weights (then none need be scored)."""
+    """Whether a submission of another hotkey has precedence and the very same weights; then scoring is not needed."""
     known = records.fingerprints(record.round, record.expert_group)
     twins = [ledger.find(name) for name, (theirs, _) in known.items() if theirs == weights]
     mine = (record.precedence, record.submission_id)

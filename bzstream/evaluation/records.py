@@ -1,8 +1,8 @@
-"""What is kept of each evaluation: enough for another validator to repeat it bit for bit, and to tell copies.
+"""What is kept of each evaluation: enough for another validator to repeat it bit for bit, and to recognise copies.
 
-A table of the ledger, one row a submission. The row is written before the submission becomes
-`scored` and holds nothing that depends on who wrote it, so that an evaluator that loses its lease in between does no
-harm: whoever evaluates the submission next writes the same numbers.
+A table of the ledger, one row a submission. The row is written before the submission becomes `scored`, and nothing in
+it depends on the evaluator that wrote it. So an evaluator that loses its lease in between does no harm: the next one
+that evaluates the submission writes the same numbers.
 """
 
 from __future__ import annotations

@@ -225,7 +225,7 @@ class _Response:
         """The strong ETag (RFC 9110 8.8.1), for If-Range."""
         with _refusals():
             head = connection.exchange("GET", target.path, fields)
-            self._judge(head, begin)
+            self._check_head(head, begin)
 
     def __enter__(self) -> _Response:
         return self
@@ -236,7 +236,7 @@ class _Response:
     def close(self) -> None:
         self._connection.close()
 
-    def _judge(self, head: ResponseHead, begin: int) -> None:
+    def _check_head(self, head: ResponseHead, begin: int) -> None:
         status = head.status
         if status in (301, 302, 303, 307, 308):
             self.location = head.get("location")

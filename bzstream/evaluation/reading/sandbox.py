@@ -130,7 +130,7 @@ class Reader:
             busy, warm = list(self._busy), self._warm
             self._warm = None
         for worker in busy:
-            worker.process.kill()  # whoever reads with it closes it
+            worker.process.kill()  # the thread that reads with it closes it
         if warm is not None:
             warm.result().close()
         self._starter.shutdown()
