@@ -111,11 +111,11 @@ class FakeNode:
         """Close every connection with a WebSocket code."""
         await asyncio.gather(*(connection.close(code) for connection in list(self.connections)))
 
-    async def subscribed(self, seconds: float = 20) -> None:
+    async def subscribed(self, seconds: float = 60) -> None:
         """Wait until somebody subscribes to heads."""
         await self.until(lambda: bool(self._heads), seconds)
 
-    async def until(self, condition: Callable[[], bool], seconds: float = 20) -> None:
+    async def until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         """Wait until a condition holds; it is looked at after every request."""
         async with asyncio.timeout(seconds):
             while not condition():
