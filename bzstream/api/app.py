@@ -16,6 +16,7 @@ from bzstream.api.health import HealthEndpoint
 from bzstream.api.identity import Credentials, authenticate, authorise, spend_proof
 from bzstream.api.openapi import document
 from bzstream.api.operations import OPERATIONS, Operation
+from bzstream.api.peers import Peers
 from bzstream.api.state import WorkerState, unavailable
 from bzstream.api.submissions import Submissions
 from bzstream.http import Endpoint, HttpError, Representation, Request, Response, Result, Router
@@ -42,6 +43,7 @@ class Api:
         endpoints = {
             **Downloads(state).endpoints(),
             **Submissions(state).endpoints(),
+            **Peers(state).endpoints(),
             **HealthEndpoint(state).endpoints(),
             "openapi": Endpoint(lambda _: openapi),
         }
@@ -71,16 +73,19 @@ class Api:
             credentials = authorise(request, self._state)
             return _Checked(wanted, credentials, operation.validators and not self._is_validator(credentials))
 
-        def handle(checked: _Checked) -> Result:
+        def begin(checked: _Checked) -> Result | Awaitable[Result]:
             if checked.undecided:
                 raise unavailable("chain_unknown", "the chain is not known yet; try again later")
-            result = endpoint.handle(checked.wanted)
+            return endpoint.handle(checked.wanted)
+
+        def handle(checked: _Checked) -> Result:
+            result = begin(checked)
             assert isinstance(result, Response | Representation)
             spend_proof(checked.credentials, self._state)
             return result
 
         async def handle_later(checked: _Checked) -> Result:
-            pending = endpoint.handle(checked.wanted)
+            pending = begin(checked)
             assert isinstance(pending, Awaitable)
             result: Result = await pending
             spend_proof(checked.credentials, self._state)

@@ -21,10 +21,10 @@ from bzstream.payload import Payload
 
 __all__ = ["UNITS", "Downloads"]
 
-UNITS = ("partial", "shared", "full")
+UNITS = ("partial", "shared", "ungrouped", "full")
 """Kinds of units that have endpoints: `/model/<kind>` and `/model/<kind>/manifest`."""
 
-CODED = ("partial", "shared")
+CODED = ("partial", "shared", "ungrouped")
 """Kinds that have `/model/<kind>/coded` too."""
 
 # X-Expert-Group = "0" / ( %x31-39 *8DIGIT ), ASCII digits only (the contract).
@@ -73,7 +73,7 @@ class Downloads:
 
     def _index(self, _: Request) -> Response:
         """Current and retained versions with every unit's size and hashes."""
-        current = self._current()
+        current = self._state.snapshot(None)
         versions = [_describe(snapshot) for snapshot in self._state.snapshots.versions()]
         body = ModelBody(self._state.settings.node.hotkey, current.version, versions)
         return Response.json(body, headers=(_CACHE_CONTROL,))
@@ -100,15 +100,10 @@ class Downloads:
 
     def _select(self, wanted: _UnitRequest) -> tuple[Snapshot, Unit]:
         """The unit that is wanted and its version. Raises HttpError 503 and 404."""
-        snapshot = self._current()
-        if wanted.version is not None:
-            found = self._state.snapshots.get(wanted.version)
-            if found is None:
-                raise HttpError(
-                    404, "unknown_version", "this version is not kept here; see GET /model for those that are"
-                )
-            snapshot = found
+        snapshot = self._state.snapshot(wanted.version)
         unit = snapshot.units.get(wanted.kind if wanted.group is None else f"{wanted.kind}/{wanted.group}")
+        if unit is None and wanted.group is None:
+            raise HttpError(404, "unknown_unit", "every expert of this model is in a group; there is no such unit")
         if unit is None:
             raise HttpError(
                 404, "unknown_group", f"there is no expert group {wanted.group}; see GET /model for those that are"
@@ -117,17 +112,11 @@ class Downloads:
             raise unavailable("unit_damaged", "this unit's file was damaged on the server; try again later")
         return snapshot, unit
 
-    def _current(self) -> Snapshot:
-        snapshot = self._state.snapshots.current
-        if snapshot is None:
-            raise unavailable("model_not_loaded", "no model is published yet; try again later")
-        return snapshot
-
 
 def _read_unit_request(kind: str, request: Request) -> _UnitRequest:
     """What the head of a request asks for. Raises HttpError 400."""
     group = _group(request) if kind == "partial" else None
-    if kind != "full" and "x-hotkey" not in request.headers:
+    if kind in ("partial", "shared") and "x-hotkey" not in request.headers:
         raise HttpError(400, "invalid_hotkey", "X-Hotkey is missing; send the SS58 address of your hotkey")
     form = request.query.get("format")
     if form not in (None, "safetensors"):

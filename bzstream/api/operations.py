@@ -15,6 +15,7 @@ from bzstream.api.schemas import (
     ManifestBody,
     ModelBody,
     ScoresBody,
+    SnapshotBody,
     SubmissionBody,
     SubmissionStatusBody,
 )
@@ -103,9 +104,9 @@ def _get(name: str, path: str, summary: str, answer: type | str, *parameters: Pa
 
 
 def _unit(kind: str, text: str, *who: Parameter) -> tuple[Operation, Operation]:
-    """A unit and its manifest; `who`: the parameters that say who asks, and for which group."""
+    """A unit and its manifest. `who`: the parameters that say who asks, and for which group; validators need not."""
     group = ("X-Expert-Group", "Vary") if _GROUP in who else ()
-    validators = kind == "full"
+    validators = _HOTKEY not in who
     download = _get(
         kind,
         f"/model/{kind}",
@@ -145,7 +146,18 @@ OPERATIONS: tuple[Operation, ...] = (
     *_unit("shared", "The tensors that belong to no expert", _HOTKEY),
     _coded("partial", "One expert group's slice", _GROUP, _HOTKEY),
     _coded("shared", "The tensors that belong to no expert", _HOTKEY),
+    *_unit("ungrouped", "The experts of no group, for validators", _CLAIM),
+    _coded("ungrouped", "The experts of no group, for validators", _CLAIM),
     *_unit("full", "The whole model as one safetensors file, for validators", _CLAIM),
+    _get(
+        "snapshot",
+        "/model/snapshot",
+        "What another validator needs, beside the units' bytes, to hold the same snapshot",
+        SnapshotBody,
+        *(_CLAIM, _CHOICE[1]),
+        errors=_UNKNOWN,
+        validators=True,
+    ),
     _get("index", "/model", "Current and retained versions with every unit's size and hashes", ModelBody, _CLAIM),
     Operation(
         name="submit",

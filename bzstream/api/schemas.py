@@ -22,6 +22,9 @@ __all__ = [
     "ModelBody",
     "ScoreRow",
     "ScoresBody",
+    "SnapshotBody",
+    "SnapshotFile",
+    "SnapshotUnit",
     "SubmissionBody",
     "SubmissionStatusBody",
     "UnitEntry",
@@ -91,7 +94,7 @@ class CodingEntry(Struct, frozen=True):
 class ManifestBody(Struct, frozen=True):
     """GET /model/{partial,shared,full}/manifest."""
 
-    unit: Literal["partial", "shared", "full"]
+    unit: Literal["partial", "shared", "ungrouped", "full"]
     expert_group: Natural | None
     block_number: Natural
     model_version: ModelVersion
@@ -132,6 +135,34 @@ class ModelBody(Struct, frozen=True):
     validator_hotkey: Annotated[Hotkey | None, Meta(description="This node's address, the receiver of proofs")]
     current: ModelVersion
     versions: list[VersionEntry]
+
+
+class SnapshotUnit(Struct, frozen=True):
+    name: Annotated[str, Meta(description="partial/<group>, shared, ungrouped or full")]
+    size: Natural
+    content_hash: ContentHash
+
+
+class SnapshotFile(Struct, frozen=True):
+    """One of the source's small files, such as config.json or the tokenizer's."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}\.(json|txt|model|jinja)$")]
+    size: Natural
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+    content: Annotated[str, Meta(description="base64")]
+
+
+class SnapshotBody(Struct, frozen=True):
+    """GET /model/snapshot. `signature` is over the canonical JSON of all other fields; null without a wallet."""
+
+    model_version: ModelVersion
+    block_number: Natural
+    sequence: Annotated[int, Meta(ge=0, description="Rises with every activation on this node")]
+    units: list[SnapshotUnit]
+    expert_map: Annotated[dict[str, dict[str, list[Natural]]], Meta(description="Group -> layer -> original indices")]
+    files: list[SnapshotFile]
+    validator_hotkey: Hotkey | None
+    signature: str | None
 
 
 class SubmissionBody(Struct, frozen=True):

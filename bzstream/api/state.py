@@ -16,7 +16,7 @@ from bzstream.chain.state import ChainState
 from bzstream.chain.weights import RoundWeights
 from bzstream.config import Settings
 from bzstream.http import HttpError
-from bzstream.model import SnapshotCache
+from bzstream.model import Snapshot, SnapshotCache
 from bzstream.submissions.ledger import AsyncLedger
 
 __all__ = ["WorkerState", "unavailable"]
@@ -50,6 +50,15 @@ class WorkerState:
     """Labels of units whose file was cut or changed on disk."""
     draining: bool = False
     nonces: NonceCache = field(default_factory=NonceCache)
+
+    def snapshot(self, version: str | None) -> Snapshot:
+        """A version that is served, the current one for None. Raises HttpError 503 and 404."""
+        if self.snapshots.current is None:
+            raise unavailable("model_not_loaded", "no model is published yet; try again later")
+        found = self.snapshots.current if version is None else self.snapshots.get(version)
+        if found is None:
+            raise HttpError(404, "unknown_version", "this version is not kept here; see GET /model for those that are")
+        return found
 
     @property
     def cycle(self) -> Cycle:

@@ -30,7 +30,7 @@ __all__ = [
     "write_codings",
 ]
 
-CODED_KINDS = ("partial", "shared")
+CODED_KINDS = ("partial", "shared", "ungrouped")
 """Kinds of units that are coded: those that miners fetch."""
 
 RECORD = "codings.json"

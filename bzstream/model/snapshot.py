@@ -49,7 +49,7 @@ class CodedUnit:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Something downloadable. `label` is "partial/<group>", "shared" or "full".
+    """Something downloadable. `label` is "partial/<group>", "shared", "ungrouped" or "full".
 
     `payload` is the bare safetensors file and `enveloped` the same behind its `envelope` (empty for the full model).
     ETags are quoted; `manifest` is the JSON body of the manifest endpoint.
@@ -118,6 +118,7 @@ class Snapshot(Counted):
         super().__init__()
         activation = read_activation(folder, record)
         self.version = record.version
+        self.folder = folder
         self.block = record.block
         self.sequence = activation.sequence
         """Rises with every activation of any version in this store."""
@@ -137,7 +138,7 @@ class Snapshot(Counted):
         """Layer -> number of experts."""
         self.files = record.files
         """The checkpoint's small files, which lie in the snapshot's folder `files`."""
-        self.signed = all(unit.signature is not None for unit in record.units if unit.kind != "ungrouped")
+        self.signed = all(unit.signature is not None for unit in record.units)
         """Whether every manifest carries the signature of the validator's hotkey."""
         self.units = units
         """By label."""
@@ -189,14 +190,11 @@ def open_snapshot(folder: Path, known: Snapshot | None = None) -> Snapshot:
             parts: list[bytes | Extent] = [record.head] if unit.kind == "full" else []
             parts += [Extent(source, offset, length) for source, offset, length in sources if source is not None]
             whole = all(source is not None for source, _, _ in sources)
-            if unit.kind != "ungrouped":
-                listed = codings.get(unit.label)
-                coded = (
-                    [files.open(folder / "coded" / Path(c.file).name, c.size) for c in listed.codings] if listed else []
-                )
-                if None in coded:  # all or none: the signed manifest lists all of them
-                    listed, coded = None, []
-                units[unit.label] = _unit(record, unit, Payload(tuple(parts)), whole, listed, coded)
+            listed = codings.get(unit.label)
+            coded = [files.open(folder / "coded" / Path(c.file).name, c.size) for c in listed.codings] if listed else []
+            if None in coded:  # all or none: the signed manifest lists all of them
+                listed, coded = None, []
+            units[unit.label] = _unit(record, unit, Payload(tuple(parts)), whole, listed, coded)
             if file is None or (known is not None and known.serves(file)):
                 continue
             if os.fstat(file.fd).st_mtime_ns != unit.mtime_ns:

@@ -71,6 +71,8 @@ FAULTS = [
 
 def can_have(operation: Operation, fault: Fault) -> bool:
     named = {parameter.name for parameter in operation.parameters}
+    # The store has no codings and no experts without a group, so that their endpoints end with 404.
+    selected = operation.ranges and "coding" not in named and operation.name != "ungrouped"
     return {
         "token": not operation.public,
         "claim": "X-Hotkey" in named,
@@ -87,10 +89,9 @@ def can_have(operation: Operation, fault: Fault) -> bool:
         "version": "version" in named,
         "submission": operation.name == "submission",
         "round": operation.name == "scores",
-        # The store has no codings, so that their endpoints end with 404.
-        "condition": operation.ranges and "coding" not in named,
-        "unchanged": operation.ranges and "coding" not in named,
-        "range": operation.ranges and "coding" not in named,
+        "condition": selected,
+        "unchanged": selected,
+        "range": selected,
     }.get(fault.name, True) and not (operation.method == "POST" and fault.name in ("not loaded", "ledger"))
 
 

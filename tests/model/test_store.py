@@ -265,7 +265,7 @@ def test_stores_of_older_releases_are_read(tmp_path: Path, source: Path) -> None
     assert verify_store(store).findings == ()
     cache, snapshot = opened(store)
     assert snapshot.config == {"num_experts": 4}
-    assert set(snapshot.units) == {"shared", "partial/0", "full"}
+    assert set(snapshot.units) == {"shared", "partial/0", "ungrouped", "full"}
     assert cache.damaged == []
     cache.close()
 
