@@ -206,7 +206,7 @@ def test_the_sockets_of_systemd_outlive_the_node(place: Path) -> None:
             node.port = listener.getsockname()[1]
             node.wait_until_healthy()
             with traffic(node) as clients:
-                for _ in range(RESTARTS):
+                for _ in range(seeds(1, 5)):
                     clients.wait_for_more()
                     node.process.send_signal(signal.SIGTERM)
                     assert node.process.wait(timeout=120) == 0

@@ -16,6 +16,7 @@ import pytest
 from sqlalchemy import text
 
 from bzstream.submissions.database import Database
+from tests.seeds import seeds
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,7 +81,9 @@ def test_racing_processes_get_exactly_one_for_each_hotkey_and_block(where: str) 
     assert sorted(rows(where)) == sorted(won)
 
 
-@pytest.mark.parametrize(("where", "kills"), [("sqlite", 100), ("postgresql", 30)], indirect=["where"])
+@pytest.mark.parametrize(
+    ("where", "kills"), [("sqlite", seeds(15, 100)), ("postgresql", seeds(8, 30))], indirect=["where"]
+)
 def test_every_answer_before_a_kill_is_in_the_ledger_once(where: str, kills: int) -> None:
     """SIGKILL at random moments under load; the next process opens what the one before left behind."""
     dice = random.Random(6)
