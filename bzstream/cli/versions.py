@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
 
 from bzstream.cli._options import AsJson, StoreFolder
 
@@ -15,11 +14,11 @@ def versions(store: StoreFolder, as_json: AsJson = False) -> None:
 
     found = list_versions(store)
     if as_json:
-        print(json.dumps([asdict(version) for version in found], indent=2))
+        print(json.dumps(found, indent=2))
         return
     for each in found:
-        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(each.activated_at))
-        signed = f", signed by {each.hotkey}" if each.hotkey else ", not signed"
-        marks = "".join(f"  ({word})" for word, on in (("current", each.current), ("in a round", each.pinned)) if on)
-        coded = f" and {each.coded:,} of coded forms" if each.coded else ""
-        print(f"{each.version}  block {each.block}, made current {when}, {each.size:,} bytes{coded}{signed}{marks}")
+        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(each["activated_at"]))
+        signed = f"signed by {each['hotkey']}" if each["hotkey"] else "not signed"
+        marks = "".join(f"  ({word})" for key, word in (("current", "current"), ("pinned", "in a round")) if each[key])
+        size = f"{each['size']:,} bytes" + (f" and {each['coded']:,} of coded forms" if each["coded"] else "")
+        print(f"{each['version']}  block {each['block']}, made current {when}, {size}, {signed}{marks}")

@@ -17,7 +17,7 @@ from functools import partial
 from io import FileIO
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bzstream.model.digest import CHUNK, Digest, digest_blocks, digest_file, read_blocks
 from bzstream.model.errors import ModelError, StoreDamaged
@@ -34,8 +34,7 @@ MAX_INSPECTED_HEAD = 32 * 1024 * 1024
 """Bytes of JSON in the head of a file to inspect: a full model with 200,000 tensors."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """Something wrong: in which version, in which unit ("snapshot.json" for the record), and what."""
 
     version: str
@@ -47,8 +46,8 @@ class Finding:
 class StoreReport:
     """A store at a glance: readable versions newest first, what could not be read, and unfinished work."""
 
-    current: str | None
     snapshots: tuple[SnapshotRecord, ...]
+    current: str | None
     findings: tuple[Finding, ...]
     leftovers: tuple[str, ...]
 
@@ -96,7 +95,7 @@ def inspect_store(path: Path) -> StoreReport:
         findings.append(Finding(current or "", "current", problem))
     leftovers = sorted(n for folder in (path, store.snapshots) for n in os.listdir(folder) if _is_leftover(n))
     records.sort(key=lambda record: store.activation(record).sequence, reverse=True)
-    return StoreReport(current, tuple(records), tuple(findings), tuple(leftovers))
+    return StoreReport(tuple(records), current, tuple(findings), tuple(leftovers))
 
 
 def verify_store(path: Path, progress: Callable[[int, int], None] | None = None) -> StoreReport:
@@ -128,7 +127,7 @@ def verify_store(path: Path, progress: Callable[[int, int], None] | None = None)
                 SerialQueue(pool).put(partial(_verify_view, store, record, findings, seen))
         pool.drain()
     findings.sort(key=lambda finding: (finding.version, finding.unit))
-    return StoreReport(report.current, report.snapshots, (*report.findings, *findings), report.leftovers)
+    return StoreReport(report.snapshots, report.current, (*report.findings, *findings), report.leftovers)
 
 
 def inspect_file(path: Path, *, verify: bool = False) -> FileReport:

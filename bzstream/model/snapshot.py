@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bzstream.model.codings import UnitCoding, UnitCodings, manifest_with_codings, read_codings
 from bzstream.model.errors import BadCheckpoint, StoreDamaged
@@ -39,8 +39,7 @@ _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """The process may open no more for now: to be tried again."""
 
 
-@dataclass(frozen=True, slots=True)
-class CodedUnit:
+class CodedUnit(NamedTuple):
     """A coded form of a unit, to be sent as the unit is. `etag` is quoted and strong."""
 
     payload: Payload
@@ -55,17 +54,17 @@ class Unit:
     ETags are quoted; `manifest` is the JSON body of the manifest endpoint.
     """
 
+    label: str
     kind: str
     group: int | None
-    label: str
     payload: Payload
     envelope: bytes
     enveloped: Payload
-    size: int
-    content_hash: str
     etag: str
     etag_enveloped: str
+    size: int
     chunks: tuple[str, ...]
+    content_hash: str
     manifest: bytes
     experts: Mapping[int, tuple[int, ...]]
     whole: bool

@@ -4,49 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bzstream.model.errors import ModelError, StoreFailed
 from bzstream.model.record import ManifestSigner
 from bzstream.model.store import Store
 
-__all__ = ["Version", "list_versions", "remove_version", "sign_version", "use_version"]
+__all__ = ["list_versions", "remove_version", "sign_version", "use_version"]
 
 
-@dataclass(frozen=True, slots=True)
-class Version:
-    """One version. `hotkey` is the signer's, `size` the full model's in bytes, `activated_at` in seconds since 1970."""
+def list_versions(path: Path) -> list[dict[str, Any]]:
+    """The store's readable versions, the one that was activated last first, in plain values for JSON.
 
-    version: str
-    current: bool
-    pinned: bool
-    """Whether it is the base of a round that is not settled yet."""
-    coded: int
-    """Bytes of its coded files (docs/coding.md)."""
-    hotkey: str | None
-    block: int
-    size: int
-    activated_at: int
-
-
-def list_versions(path: Path) -> tuple[Version, ...]:
-    """The store's readable versions, the one that was activated last first. Raises ModelError when it is no store."""
+    `activated_at` is in seconds since 1970, `size` the full model's in bytes, `coded` that of its coded files,
+    `hotkey` the signer's or None; `pinned`: whether it is the base of a round that is not settled yet.
+    Raises ModelError when `path` is no store.
+    """
     store = _store(path)
     current, pinned = store.current(), store.pinned()
-    return tuple(
-        Version(
-            version=record.version,
-            block=record.block,
-            activated_at=store.activation(record).at,
-            size=record.units[-1].size,
-            hotkey=record.hotkey,
-            current=record.version == current,
-            pinned=record.version in pinned,
-            coded=_coded_bytes(store.folder(record.version)),
-        )
+    return [
+        {
+            "version": record.version,
+            "current": record.version == current,
+            "pinned": record.version in pinned,
+            "block": record.block,
+            "size": record.units[-1].size,
+            "coded": _coded_bytes(store.folder(record.version)),
+            "hotkey": record.hotkey,
+            "activated_at": store.activation(record).at,
+        }
         for record in store.records()
-    )
+    ]
 
 
 def use_version(path: Path, version: str) -> None:
