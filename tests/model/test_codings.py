@@ -187,6 +187,17 @@ def test_stopping_and_going_on(tmp_path: Path) -> None:
     assert tree(store.folder("v0")) == before
 
 
+def test_a_restart_takes_no_coding_back(tmp_path: Path) -> None:
+    """Clients are using what codings.json lists: it does not shrink while what is complete is gone through again."""
+    store = publish_step(tmp_path, 0)
+    publish_step(tmp_path, 1)
+    assert encode_current(store, bases=1)
+    before = (store.folder("v1") / "codings.json").read_bytes()
+    next((store.folder("v1") / "coded").glob("group-0*alone*.json")).unlink()
+    assert not encode_current(store, bases=1, stop=lambda: True)
+    assert (store.folder("v1") / "codings.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("left", ["partly written", "without its entry", "cut"])
 def test_what_a_kill_leaves_behind_is_made_again(tmp_path: Path, left: str) -> None:
     store = publish_step(tmp_path, 0)
