@@ -314,10 +314,10 @@ def test_closing_leaves_no_descriptor(tmp_path: Path) -> None:
 
 def test_versions_say_how_much_room_codings_take(tmp_path: Path) -> None:
     store = publish_step(tmp_path, 0)
-    assert list_versions(store.path)[0].coded == 0
+    assert list_versions(store.path)[0]["coded"] == 0
     assert encode_current(store, bases=1)
     on_disk = sum(path.stat().st_size for path in (store.folder("v0") / "coded").iterdir())
-    assert list_versions(store.path)[0].coded == on_disk > 0
+    assert list_versions(store.path)[0]["coded"] == on_disk > 0
 
 
 def test_codings_go_with_their_version(tmp_path: Path) -> None:
