@@ -35,7 +35,7 @@ def _awaitable(call: Callable[P, T], name: str) -> Callable[P, Coroutine[Any, An
             if cancelled:
                 session.stop()
 
-        kwargs["_opened"] = note
+        kwargs["on_open"] = note
         state = asyncio.create_task(asyncio.to_thread(call, *args, **kwargs))
         try:
             return await asyncio.shield(state)

@@ -61,7 +61,7 @@ def pull(
     notify: Callable[[str], None] | None = None,
     tuning: Tuning | None = None,
     dry_run: bool = False,
-    _opened: Callable[[Session], None] | None = None,
+    on_open: Callable[[Session], None] | None = None,
 ) -> PullReport:
     """Fetch units into the folder `out`: `group-<k>.safetensors`, `shared.safetensors`, `model.safetensors`.
 
@@ -74,6 +74,7 @@ def pull(
     `version`: stay with this one instead of the current. `progress` is called some ten times a second in this thread;
     `notify(text)` with a line for a person, from any thread. `dry_run`: nothing is fetched but manifests, nothing is
     written; the report says what would be fetched.
+    `on_open(session)` is called first: `session.stop()` ends the call from any thread.
 
     An interrupted call goes on where it stopped when it is made again. Raises ClientError: its subclass says what kind
     of trouble, its text what to do. A file under its final name is complete and durable.
@@ -82,8 +83,8 @@ def pull(
     units = unit_refs(groups, shared=shared, full=full)
     folder = Path(out)
     session = open_session(url, options, tuning or Tuning(), notify, claim_needed=any(w.kind != "full" for w in units))
-    if _opened is not None:
-        _opened(session)
+    if on_open is not None:
+        on_open(session)
     puller = _Puller(session, folder, options, verify, coding, progress or (lambda _: None))
     try:
         choose_receiver(session)

@@ -31,7 +31,7 @@ from bzstream.util.dtypes import DTYPES
 __all__ = ["fetch_tensors"]
 
 MAX_HEAD = 32 * 1024 * 1024
-"""Bytes of head accepted: the full model of the mission names some 19,000 tensors when they are stored one by one. Its
+"""Bytes of head accepted: the full Qwen3-VL-30B-A3B names some 19,000 tensors when they are stored one by one. Its
 hash was checked before, so that only the publisher could make it costly to parse."""
 
 
@@ -55,7 +55,7 @@ def fetch_tensors(
     notify: Callable[[str], None] | None = None,
     report: Callable[[UnitReport], None] | None = None,
     tuning: Tuning | None = None,
-    _opened: Callable[[Session], None] | None = None,
+    on_open: Callable[[Session], None] | None = None,
 ) -> dict[str, Any]:
     """The tensors of a group's slice, of the shared part (`unit="shared"`) or the full model (`unit="full"`), by name.
 
@@ -74,8 +74,8 @@ def fetch_tensors(
         raise UsageError("a slice needs the number of its group")
     options = Options(hotkey, key, token, validator_hotkey, receiver, version, ca_file, connections)
     session = open_session(url, options, tuning or Tuning(), notify, claim_needed=ref.kind != "full")
-    if _opened is not None:
-        _opened(session)
+    if on_open is not None:
+        on_open(session)
     try:
         choose_receiver(session)
         for _ in range(session.tuning.max_wrong):

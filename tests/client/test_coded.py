@@ -138,7 +138,7 @@ def test_an_interrupted_pull_goes_on(node: Node, tmp_path: Path) -> None:
 
     slow = Tuning(coded_after_s=0.0, tick_s=0.001)
     with pytest.raises(Stopped):
-        fetch(node, tmp_path, tuning=slow, connections=1, progress=progress, _opened=opened.append)
+        fetch(node, tmp_path, tuning=slow, connections=1, progress=progress, on_open=opened.append)
     report = fetch(node, tmp_path).units[0]
     assert report.reused >= 8 << 20
     assert (tmp_path / "group-0.safetensors").read_bytes() == unit_file(node.store)

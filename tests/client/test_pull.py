@@ -538,7 +538,7 @@ def test_a_stop_from_another_thread_ends_the_call_at_once(node: Node, tmp_path: 
     timer.start()
     began = time.monotonic()
     with pytest.raises(Stopped):
-        pull_quickly(_opened=opened.append, tuning=Tuning(stall_s=60))
+        pull_quickly(on_open=opened.append, tuning=Tuning(stall_s=60))
     assert time.monotonic() - began < 2
     assert not [t for t in threading.enumerate() if t.name.startswith("bzstream-")]
 
