@@ -81,7 +81,7 @@ class HttpSettings(_Section, frozen=True):
     """After an early final answer input is discarded for so long or `linger_bytes`, then closed (RFC 9112 9.6)."""
     linger_bytes: Bytes = 1024 * 1024
     max_connections: Count = 10_000
-    """Open connections of one worker."""
+    """Open connections of one worker. When it is full, the one that has waited longest for a request gives way."""
     max_connections_per_caller: Count = 64
     """Open connections of one caller in one worker: bound or proven hotkey, else peer address (IPv6: its /64)."""
     drain_s: Seconds = 60.0
