@@ -143,7 +143,7 @@ def test_experts_of_no_group_and_of_two_groups(tmp_path: Path) -> None:
     cache = SnapshotCache(tmp_path / "store")
     cache.refresh()
     assert cache.current is not None
-    assert set(cache.current.units) == {"shared", "partial/1", "partial/3", "full"}
+    assert set(cache.current.units) == {"shared", "partial/1", "partial/3", "ungrouped", "full"}
     cache.close()
 
 
