@@ -160,6 +160,11 @@ class ChainSettings(_Section, frozen=True):
     """Seconds a block (Bittensor's finney network)."""
     stale_s: Seconds = 60.0
     """A chain state older than this makes /health degraded and /submit answer 503."""
+    min_validator_stake: Annotated[float, Meta(ge=0)] = 0.0
+    """Stake below which a hotkey counts as no validator, whatever its permit says: the chain's own sum for this subnet,
+    in its alpha (`total_stake` of the metagraph, in which TAO on the root subnet counts by the chain's factor)."""
+    validators_allowed: tuple[str, ...] = ()
+    """Hotkeys that may count as validators, if they have the permit and the stake. Empty: every hotkey that has."""
     set_weights: bool = False
     """Set the weights of every round on the chain, signed by `node.wallet`."""
     weights_top_k: Count = 64

@@ -45,6 +45,8 @@ LAG_BLOCKS = 10
 """A node this far behind is still syncing, or cut off."""
 METAGRAPH_BLOCKS = 10
 """Blocks between two reads of who is registered: two minutes, about 200 KB for 256 neurons."""
+RAO = 10**9
+"""The chain's smallest units of stake in one of TAO or alpha."""
 STEP_TIMEOUT_S = 30.0
 """Longest wait for any one answer or block: more than two blocks."""
 
@@ -190,8 +192,14 @@ class _Watcher:
             raise ChainError(f"there is no subnet {self._netuid} on this chain; check chain.netuid and chain.endpoint")
         neurons = [neuron for neuron in graph if is_hotkey(neuron.hotkey)]
         self._last_updates = {neuron.hotkey: neuron.last_update for neuron in neurons}
-        self._validators = frozenset(neuron.hotkey for neuron in neurons if neuron.validator_permit)
+        self._validators = frozenset(neuron.hotkey for neuron in neurons if self._is_validator(neuron))
         self._registered_at = block
+
+    def _is_validator(self, neuron: Any) -> bool:
+        """By its permit, `chain.min_validator_stake` and `chain.validators_allowed`. Stakes are in rao, 1e-9 alpha."""
+        allowed = self._settings.validators_allowed
+        least = round(self._settings.min_validator_stake * RAO)
+        return neuron.validator_permit and neuron.total_stake.rao >= least and (not allowed or neuron.hotkey in allowed)
 
     async def _read_seeds(self, client: Any, substrate: Any, block: int) -> None:
         """Learn the hashes that seed recent rounds, once their blocks are final."""

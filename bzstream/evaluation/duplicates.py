@@ -18,11 +18,11 @@ def is_duplicate(ledger: Ledger, records: Records, record: SubmissionRow, weight
     """Whether a submission of another hotkey has precedence and the very same weights; then scoring is not needed."""
     known = records.fingerprints(record.round, record.expert_group)
     twins = [ledger.find(name) for name, (theirs, _) in known.items() if theirs == weights]
-    mine = (record.precedence, record.submission_id)
+    mine = (record.precedence, record.hotkey)
     return any(
         other.hotkey != record.hotkey
         and other.reason != "superseded"
-        and (other.precedence, other.submission_id) < mine
+        and (other.precedence, other.hotkey) < mine
         for other in twins
         if other is not None
     )

@@ -66,6 +66,9 @@ def _check_chain(settings: Settings) -> None:
     chain = settings.chain
     if chain.burn not in (None, "owner") and not is_hotkey(chain.burn):
         raise NodeError("chain.burn is neither a hotkey (SS58) nor owner; name where unearned weight goes")
+    for hotkey in chain.validators_allowed:
+        if not is_hotkey(hotkey):
+            raise NodeError(f"chain.validators_allowed: {hotkey!r:.80} is not a hotkey (SS58)")
     if chain.file is not None:
         if not Path(chain.file).exists():
             raise NodeError(f"there is no chain file {chain.file}; check --chain-file")

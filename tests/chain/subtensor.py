@@ -92,6 +92,8 @@ class Subtensor:
         self.head = Block(block, hash_of(block))
         self.blocks: dict[str, Block] = {self.head.hash: self.head}
         self._neurons: list[tuple[str, bool]] = []
+        self.stakes: dict[str, int] = {}
+        """Total stake of hotkeys, in rao."""
         self._error_index = _errors(self.runtime)
         self.on_included: Callable[[Block], None] = lambda block: None
 
@@ -149,6 +151,7 @@ class Subtensor:
         graph = self.runtime.decode(kind, b"\1" + bytes(5000), False)
         graph["hotkeys"] = graph["coldkeys"] = [hotkey for hotkey, _ in self._neurons]
         graph["validator_permit"] = [permit for _, permit in self._neurons]
+        graph["total_stake"] = [self.stakes.get(hotkey, 0) for hotkey, _ in self._neurons]
         graph["last_update"] = self.get("LastUpdate", NETUID)
         graph["block"] = self.head.number
         return bytes(self.runtime.encode(kind, graph))

@@ -92,6 +92,25 @@ async def test_heads_registrations_and_seeds_are_seen() -> None:
 
 
 @in_loop
+async def test_a_validator_has_the_permit_the_stake_and_a_place_on_the_list() -> None:
+    dave, erin = (Key.from_seed(letter * 32).ss58_address for letter in (b"d", b"e"))
+    async with FakeNode() as node:
+        node.neurons = [(ALICE, True), (BOB, True), (CAROL, False), (dave, True), (erin, False)]
+        node.chain.stakes = {ALICE: 1_500_000_000, BOB: 1_499_999_999, CAROL: 9_000_000_000, dave: 2_000_000_000}
+        for changes, expected in [
+            ({}, {ALICE, BOB, dave}),
+            ({"min_validator_stake": 1.5}, {ALICE, dave}),
+            ({"validators_allowed": (ALICE, BOB, CAROL)}, {ALICE, BOB}),
+            ({"min_validator_stake": 1.5, "validators_allowed": (ALICE, BOB, CAROL)}, {ALICE}),
+            ({"validators_allowed": (erin,)}, set()),
+        ]:
+            async with watching(node, **changes) as seen:
+                state = await seen.at(100)
+                assert state.validators == expected, changes
+                assert state.miners == frozenset({ALICE, BOB, CAROL, dave, erin})
+
+
+@in_loop
 async def test_a_seed_waits_for_finality() -> None:
     async with FakeNode(block=839) as node, watching(node) as seen:
         await seen.at(839)

@@ -115,8 +115,10 @@ def test_nobody_copies_himself() -> None:
     assert copies(prints(("1", "alice", 1.0, "x", A), ("2", "alice", 2.0, "x", A)), 0.1) == {}
 
 
-def test_at_the_same_moment_the_id_decides() -> None:
-    assert copies(prints(("2", "alice", 1.0, "x", A), ("1", "bob", 1.0, "x", A)), 0.1) == {"2": "1"}
+def test_at_the_same_moment_the_hotkey_decides_the_same_on_every_validator() -> None:
+    """Each validator has submission ids of its own; commitments of one block have equal precedence."""
+    assert copies(prints(("2", "alice", 1.0, "x", A), ("1", "bob", 1.0, "x", A)), 0.1) == {"1": "2"}
+    assert copies(prints(("1", "alice", 1.0, "x", A), ("2", "bob", 1.0, "x", A)), 0.1) == {"2": "1"}
 
 
 @given(st.permutations(range(4)))

@@ -51,11 +51,13 @@ def are_copies(a: Fingerprint, b: Fingerprint, distance: float) -> bool:
 def copies(candidates: Sequence[Fingerprint], distance: float) -> dict[str, str]:
     """Submission id of each copy -> id of the submission it is a copy of.
 
-    In order of precedence each submission is compared with those that stand; one hotkey cannot copy itself.
+    In order of precedence each submission is compared with those that stand; one hotkey cannot copy itself. Commitments
+    of one block have equal precedence. Then the hotkey decides, because it is the same on every validator, whereas each
+    validator has submission ids of its own.
     """
     standing: list[Fingerprint] = []
     found: dict[str, str] = {}
-    for candidate in sorted(candidates, key=lambda each: (each.precedence, each.submission_id)):
+    for candidate in sorted(candidates, key=lambda each: (each.precedence, each.hotkey)):
         original = next(
             (s for s in standing if s.hotkey != candidate.hotkey and are_copies(s, candidate, distance)), None
         )
