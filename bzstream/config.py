@@ -165,6 +165,12 @@ class ChainSettings(_Section, frozen=True):
     in its alpha (`total_stake` of the metagraph, in which TAO on the root subnet counts by the chain's factor)."""
     validators_allowed: tuple[str, ...] = ()
     """Hotkeys that may count as validators, if they have the permit and the stake. Empty: every hotkey that has."""
+    announce: bool = False
+    """Announce on the chain, signed by `node.wallet`, that this node is at `external_host` and `external_port`."""
+    external_host: str | None = None
+    """The IP address at which miners reach this node. The chain keeps no names."""
+    external_port: Annotated[int, Meta(ge=1, le=65535)] | None = None
+    """Its port there. A client that finds it on the chain speaks TLS to it."""
     set_weights: bool = False
     """Set the weights of every round on the chain, signed by `node.wallet`."""
     weights_top_k: Count = 64

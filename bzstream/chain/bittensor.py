@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import structlog
 
+from bzstream.chain.announcer import Announcer
 from bzstream.chain.clock import Cycle
 from bzstream.chain.commitments import RoundCommitments
 from bzstream.chain.keys import Key, is_hotkey
@@ -65,9 +66,10 @@ async def watch(
     *,
     ledger: RoundLedger | None = None,
     key: Key | None = None,
+    certificate: str | None = None,
 ) -> None:
     """Watch the chain of `chain.netuid` at `chain.endpoint` for ever; every new head is offered as a state."""
-    watcher = _Watcher(settings, cycle, offer, ledger, key)
+    watcher = _Watcher(settings, cycle, offer, ledger, key, certificate)
     pause = PAUSE_FIRST_S
     try:
         for endpoint in itertools.cycle(settings.endpoint):
@@ -99,6 +101,7 @@ class _Watcher:
         offer: Callable[[ChainState], None],
         ledger: RoundLedger | None,
         key: Key | None,
+        certificate: str | None,
     ) -> None:
         assert settings.netuid is not None
         self._settings = settings
@@ -111,7 +114,10 @@ class _Watcher:
         """Storage that weights need and the connected runtime lacks."""
         self._committed: int | None = None
         """The round whose commitments were read last."""
-        self._setter = WeightSetter(ledger, cycle, settings, key) if ledger is not None and key is not None else None
+        self._setter = None
+        if settings.set_weights and ledger is not None and key is not None:
+            self._setter = WeightSetter(ledger, cycle, settings, key)
+        self._announcer = Announcer(settings, key, certificate) if settings.announce and key is not None else None
         self.heads = 0
         """Heads seen, over all sessions."""
         self._block = 0
@@ -125,6 +131,8 @@ class _Watcher:
     async def close(self) -> None:
         if self._setter is not None:
             await self._setter.close()
+        if self._announcer is not None:
+            await self._announcer.close()
 
     async def session(self, endpoint: str) -> None:
         """Follow one node until it fails: returns when its stream of blocks ends, raises what else ends it."""
@@ -173,7 +181,10 @@ class _Watcher:
                 hashes=dict(self._hashes),
             )
         )
-        if self._setter is not None and self._key is not None:
+        # One extrinsic at a time: two that are made together would take the same nonce.
+        if self._announcer is not None and not (self._setter is not None and self._setter.busy):
+            self._announcer.consider(block, client)
+        if self._setter is not None and self._key is not None and not (self._announcer and self._announcer.busy):
             last_update = self._last_updates.get(self._key.ss58_address)
             self._setter.consider(block, last_update, SdkChain(client, self._netuid, self._missing))
 

@@ -45,11 +45,13 @@ async def run(
     ledger: RoleLedger | None = None,
     store: BaseStore | None = None,
     wallet: str | None = None,
+    certificate: str | None = None,
 ) -> None:
     """Watch the chain until `stop` is set. `publish` writes a state into the ledger and may raise BzstreamError.
 
     With a `ledger` and a `store` the base of every round is noted (see `round_base`). With `chain.set_weights` the
-    weights of finished rounds are submitted, signed by `wallet`, from what `ledger` tells.
+    weights of finished rounds are submitted, signed by `wallet`, from what `ledger` tells. With `chain.announce` the
+    node's address is announced, with the key of its TLS `certificate` (a PEM file), if it has one.
     Raises KeyUnavailable when that wallet cannot be opened.
     """
     cycle = Cycle.of(settings)
@@ -61,10 +63,11 @@ async def run(
         from bzstream.chain import bittensor  # the SDK: 60 MB and half a second, for this role alone
         from bzstream.chain.keys import load_key
 
-        key = await asyncio.to_thread(load_key, wallet) if settings.set_weights and wallet is not None else None
-        if settings.set_weights and key is None:
-            _log.warning("chain.set_weights is on but node.wallet is not set; no weights will be submitted")
-        watching = bittensor.watch(settings, cycle, mailbox.offer, ledger=ledger, key=key)
+        signs = settings.set_weights or settings.announce
+        key = await asyncio.to_thread(load_key, wallet) if signs and wallet is not None else None
+        if signs and key is None:
+            _log.warning("node.wallet is not set; no weights will be submitted and nothing announced")
+        watching = bittensor.watch(settings, cycle, mailbox.offer, ledger=ledger, key=key, certificate=certificate)
     else:
         _log.warning("no chain is configured; set chain.file, or chain.endpoint and chain.netuid")
         await stop.wait()

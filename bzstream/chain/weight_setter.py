@@ -161,9 +161,14 @@ class WeightSetter:
         silent = last_update is not None and block - last_update >= self._settings.keep_alive_blocks
         if round_ == self._done and not silent:
             return
-        if self._attempt is None or self._attempt.done():
+        if not self.busy:
             self._not_before = block + RETRY_BLOCKS
             self._attempt = asyncio.create_task(self._try(round_, block, silent, chain))
+
+    @property
+    def busy(self) -> bool:
+        """Whether an attempt is under way."""
+        return self._attempt is not None and not self._attempt.done()
 
     async def close(self) -> None:
         """Give up an attempt under way."""

@@ -20,9 +20,7 @@ def is_duplicate(ledger: Ledger, records: Records, record: SubmissionRow, weight
     twins = [ledger.find(name) for name, (theirs, _) in known.items() if theirs == weights]
     mine = (record.precedence, record.hotkey)
     return any(
-        other.hotkey != record.hotkey
-        and other.reason != "superseded"
-        and (other.precedence, other.hotkey) < mine
+        other.hotkey != record.hotkey and other.reason != "superseded" and (other.precedence, other.hotkey) < mine
         for other in twins
         if other is not None
     )

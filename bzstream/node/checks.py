@@ -7,7 +7,7 @@ is wrong and what to do.
 from __future__ import annotations
 
 from importlib.util import find_spec
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import structlog
@@ -80,6 +80,18 @@ def _check_chain(settings: Settings) -> None:
         _require("following the chain", "bittensor")
         if chain.set_weights and settings.node.wallet is None:
             raise NodeError("chain.set_weights needs node.wallet, the hotkey that signs the weights")
+        if chain.announce:
+            _check_announcement(settings)
+
+
+def _check_announcement(settings: Settings) -> None:
+    chain = settings.chain
+    if chain.external_host is None or chain.external_port is None or settings.node.wallet is None:
+        raise NodeError("chain.announce needs chain.external_host, chain.external_port and node.wallet, which signs it")
+    try:
+        ip_address(chain.external_host)
+    except ValueError:
+        raise NodeError("chain.external_host is not an IP address; the chain keeps no names") from None
 
 
 def _can_evaluate(settings: EvaluationSettings) -> bool:

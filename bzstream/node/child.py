@@ -133,6 +133,7 @@ async def _run_role(
                 ledger=ledger,
                 store=Store(settings.store_path()),
                 wallet=settings.node.wallet,
+                certificate=settings.http.tls_cert,
             )
         finally:
             await asyncio.to_thread(ledger.close)

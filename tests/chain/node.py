@@ -32,6 +32,8 @@ class FakeNode:
         """Answer nothing any more, but stay connected."""
         self.asked: list[str] = []
         """Methods of the requests."""
+        self.keys_read: list[str] = []
+        """Keys of storage that were asked for one by one."""
         self.pool_answers: list[PoolError] = []
         """What the next extrinsics are refused with, the first first."""
         self.after_submit: str | None = None
@@ -171,6 +173,7 @@ class FakeNode:
                 extrinsics = ["0x" + extrinsic.data.hex() for extrinsic in block.extrinsics]
                 return {"block": {"header": self._header(block), "extrinsics": extrinsics}}
             case "state_getStorageAt":
+                self.keys_read.append(params[0])
                 value = chain.read(bytes.fromhex(params[0][2:]), self._block(params[1]))
                 return None if value is None else "0x" + value.hex()
             case "state_queryStorageAt":

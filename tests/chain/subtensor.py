@@ -101,11 +101,11 @@ class Subtensor:
 
     def set(self, item: str, *keys: Any, value: Any) -> None:
         entry = self.runtime.storage_entry(_PALLET, item)
-        self.storage[self._key(item, keys)] = bytes(self.runtime.encode(entry.value_type, value))
+        self.storage[self.key(item, keys)] = bytes(self.runtime.encode(entry.value_type, value))
 
     def get(self, item: str, *keys: Any) -> Any:
         entry = self.runtime.storage_entry(_PALLET, item)
-        raw = self.storage.get(self._key(item, keys))
+        raw = self.storage.get(self.key(item, keys))
         if raw is None:
             return (
                 None
@@ -114,7 +114,8 @@ class Subtensor:
             )
         return self.runtime.decode(entry.value_type, raw, True)
 
-    def _key(self, item: str, keys: Sequence[Any]) -> bytes:
+    def key(self, item: str, keys: Sequence[Any]) -> bytes:
+        """The storage key of an item."""
         return bytes(self.runtime.storage_key(_PALLET, item, list(keys)))
 
     @property
@@ -127,7 +128,7 @@ class Subtensor:
         updates = list(self.get("LastUpdate", NETUID)) + [0] * len(neurons)
         before = dict(enumerate(self._neurons))
         for hotkey, _ in self._neurons:
-            self.storage.pop(self._key("Uids", [NETUID, hotkey]), None)
+            self.storage.pop(self.key("Uids", [NETUID, hotkey]), None)
         for uid, (hotkey, _) in enumerate(neurons):
             self.set("Uids", NETUID, hotkey, value=uid)
             self.set("Keys", NETUID, uid, value=hotkey)
@@ -287,6 +288,8 @@ class Subtensor:
             "set_mechanism_weights": self._set_weights,
             "commit_timelocked_mechanism_weights": self._commit_weights,
             "set_commitment": self._set_commitment,
+            "serve_axon": self._serve_axon,
+            "serve_axon_tls": self._serve_axon,
         }
         try:
             calls[extrinsic.call](extrinsic.signer, extrinsic.arguments)
@@ -329,6 +332,25 @@ class Subtensor:
         held = {"deposit": 0, "block": self.head.number, "info": arguments["info"]}
         key = bytes(self.runtime.storage_key("Commitments", "CommitmentOf", [arguments["netuid"], signer]))
         self.storage[key] = bytes(self.runtime.encode(entry.value_type, held))
+
+    def _serve_axon(self, signer: str, arguments: dict[str, Any]) -> None:
+        if self.get("Uids", arguments["netuid"], signer) is None:
+            raise Refused("HotKeyNotRegisteredInNetwork")
+        before = self.get("Axons", arguments["netuid"], signer)
+        limit = self.get("ServingRateLimit", NETUID)
+        if before is not None and before["block"] and self.head.number - before["block"] < limit:
+            raise Refused("ServingRateLimitExceeded")
+        fields = ("version", "ip", "port", "ip_type", "protocol", "placeholder1", "placeholder2")
+        axon = {"block": self.head.number, **{name: arguments[name] for name in fields}}
+        self.set("Axons", arguments["netuid"], signer, value=axon)
+        if (certificate := arguments.get("certificate")) is not None:
+            data = bytes.fromhex(certificate[2:])
+            held = {"algorithm": data[0], "public_key": "0x" + data[1:].hex()}
+            self.set("NeuronCertificates", arguments["netuid"], signer, value=held)
+
+    def forget(self, item: str, *keys: Any) -> None:
+        """Remove a value from the storage."""
+        del self.storage[self.key(item, keys)]
 
     def _may_set(self, signer: str, arguments: dict[str, Any]) -> int:
         if (arguments["netuid"], arguments["mecid"]) != (NETUID, 0):
