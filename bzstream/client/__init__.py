@@ -5,32 +5,9 @@ May import `httpclient`, `chain` (keys and proofs) and the foundation (tensorfil
 
 from __future__ import annotations
 
-from bzstream.client.address import Address, UnitRef, parse_address
 from bzstream.client.aio import fetch_tensors_async, pull_async
-from bzstream.client.errors import (
-    BadManifest,
-    BadProxy,
-    BadSignature,
-    BadUrl,
-    Busy,
-    ClientError,
-    ConnectionLost,
-    DiskError,
-    FolderBusy,
-    Forbidden,
-    NotFound,
-    ProtocolViolation,
-    Refused,
-    Stalled,
-    Stopped,
-    TransientError,
-    Unauthorized,
-    Unreachable,
-    UsageError,
-    VersionChanged,
-    WrongHash,
-)
-from bzstream.client.manifest import Manifest, parse_manifest
+from bzstream.client.errors import *  # noqa: F403
+from bzstream.client.errors import __all__ as __all__
 from bzstream.client.measure import LinkReport, Sweep, measure
 from bzstream.client.progress import Progress, PullReport, UnitReport
 from bzstream.client.pull import pull
@@ -38,46 +15,7 @@ from bzstream.client.submit import SubmissionReport, SubmissionStatus, follow, s
 from bzstream.client.tensors import fetch_tensors
 from bzstream.client.tuning import Tuning
 
-__all__ = [
-    "Address",
-    "BadManifest",
-    "BadProxy",
-    "BadSignature",
-    "BadUrl",
-    "Busy",
-    "ClientError",
-    "ConnectionLost",
-    "DiskError",
-    "FolderBusy",
-    "Forbidden",
-    "LinkReport",
-    "Manifest",
-    "NotFound",
-    "Progress",
-    "ProtocolViolation",
-    "PullReport",
-    "Refused",
-    "Stalled",
-    "Stopped",
-    "SubmissionReport",
-    "SubmissionStatus",
-    "Sweep",
-    "TransientError",
-    "Tuning",
-    "Unauthorized",
-    "UnitRef",
-    "UnitReport",
-    "Unreachable",
-    "UsageError",
-    "VersionChanged",
-    "WrongHash",
-    "fetch_tensors",
-    "fetch_tensors_async",
-    "follow",
-    "measure",
-    "parse_address",
-    "parse_manifest",
-    "pull",
-    "pull_async",
-    "submit",
-]
+__all__ += (
+    "LinkReport", "Progress", "PullReport", "SubmissionReport", "SubmissionStatus", "Sweep", "Tuning", "UnitReport",
+    "fetch_tensors", "fetch_tensors_async", "follow", "measure", "pull", "pull_async", "submit",
+)  # fmt: skip

@@ -8,39 +8,14 @@ what the person reads.
 
 from __future__ import annotations
 
-from bzstream.httpclient import (
-    BadProxy,
-    ClientError,
-    ConnectionLost,
-    ProtocolViolation,
-    Stalled,
-    TransientError,
-    Unreachable,
-)
+from bzstream.httpclient.errors import *  # noqa: F403
+from bzstream.httpclient.errors import ClientError, TransientError
+from bzstream.httpclient.errors import __all__ as __all__
 
-__all__ = [
-    "BadManifest",
-    "BadProxy",
-    "BadSignature",
-    "BadUrl",
-    "Busy",
-    "ClientError",
-    "ConnectionLost",
-    "DiskError",
-    "FolderBusy",
-    "Forbidden",
-    "NotFound",
-    "ProtocolViolation",
-    "Refused",
-    "Stalled",
-    "Stopped",
-    "TransientError",
-    "Unauthorized",
-    "Unreachable",
-    "UsageError",
-    "VersionChanged",
-    "WrongHash",
-]
+__all__ += (
+    "BadManifest", "BadSignature", "BadUrl", "Busy", "DiskError", "FolderBusy", "Forbidden", "NotFound", "Refused",
+    "Stopped", "Unauthorized", "UsageError", "VersionChanged", "WrongHash",
+)  # fmt: skip
 
 
 class UsageError(ClientError):

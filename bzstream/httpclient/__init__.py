@@ -15,38 +15,13 @@ from bzstream.httpclient.connecting import (
     tls_context,
 )
 from bzstream.httpclient.connection import Connection, os_reason
-from bzstream.httpclient.errors import (
-    BadProxy,
-    ClientError,
-    ConnectionLost,
-    ProtocolViolation,
-    Stalled,
-    TransientError,
-    Unreachable,
-)
+from bzstream.httpclient.errors import *  # noqa: F403
+from bzstream.httpclient.errors import __all__ as __all__
 from bzstream.httpclient.heads import ResponseHead, parse_content_range
 from bzstream.httpclient.origin import DEFAULT_PORTS, Origin
 from bzstream.httpclient.proxies import ProxyRules
 
-__all__ = [
-    "DEFAULT_PORTS",
-    "BadProxy",
-    "ClientError",
-    "Connection",
-    "ConnectionLost",
-    "Connector",
-    "Origin",
-    "ProtocolViolation",
-    "ProxyRules",
-    "ResponseHead",
-    "SocketAddress",
-    "Stalled",
-    "TransientError",
-    "Unreachable",
-    "connect_first",
-    "os_reason",
-    "parse_content_range",
-    "resolve",
-    "start_tls",
-    "tls_context",
-]
+__all__ += (
+    "DEFAULT_PORTS", "Connection", "Connector", "Origin", "ProxyRules", "ResponseHead", "SocketAddress",
+    "connect_first", "os_reason", "parse_content_range", "resolve", "start_tls", "tls_context",
+)  # fmt: skip

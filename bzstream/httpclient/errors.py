@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from bzstream.errors import BzstreamError
 
-__all__ = ["BadProxy", "ClientError", "ConnectionLost", "ProtocolViolation", "Stalled", "TransientError", "Unreachable"]
+__all__: tuple[str, ...] = (
+    "BadProxy", "ClientError", "ConnectionLost", "ProtocolViolation", "Stalled", "TransientError", "Unreachable",
+)  # fmt: skip
 
 
 class ClientError(BzstreamError):

@@ -1,4 +1,4 @@
-"""The manual's own commands for a miner, run as they stand in docs/miner.md."""
+"""The manual's own commands for a miner, run as they stand in docs/miner.md, and the README's Python."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tests.client.node import HOTKEY
 from tests.nodes import BLOCK, GROUPS, VERSION, Node, eventually, running_node
 
 MANUAL = Path(__file__).parents[2] / "docs" / "miner.md"
+README = MANUAL.parents[1] / "README.md"
 UNIT = "/model/partial?format=safetensors"
 
 
@@ -48,6 +50,21 @@ def test_the_pull_of_the_manual(served: Node, tmp_path: Path) -> None:
     whole = served.get(UNIT, {**served.headers(0), "X-Hotkey": HOTKEY}).body
     assert (tmp_path / "model" / "group-0.safetensors").read_bytes() == whole
     assert (tmp_path / "model" / "shared.safetensors").is_file()
+
+
+def test_the_python_of_the_readme(served: Node, tmp_path: Path) -> None:
+    (example,) = re.findall(r"```python\n(import bzstream\n.*?)```", README.read_text("utf-8"), re.S)
+    for placeholder, real in (("http://127.0.0.1:8000", served.url), ('"..."', repr(served.token)), ("5F...", HOTKEY)):
+        assert placeholder in example
+        example = example.replace(placeholder, real)
+    program = example + "print(report.version, sum(array.nbytes for array in tensors.values()))"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.split()
+    assert said[0] == VERSION
+    assert 0 < int(said[1]) < (tmp_path / "model" / "group-0.safetensors").stat().st_size
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the recipe is for curl")

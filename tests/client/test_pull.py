@@ -30,10 +30,10 @@ from bzstream.client import (
     Stopped,
     Tuning,
     Unauthorized,
-    UnitRef,
     Unreachable,
     UsageError,
 )
+from bzstream.client.address import UnitRef
 from bzstream.client.journal import Journal
 from bzstream.client.manifest import parse_manifest
 from tests.client.conftest import QUICK, Puller, noise

@@ -141,11 +141,3 @@ def test_asyncio_does_not_block_and_cancelling_stops_the_threads(model: bytes, t
                 await bzstream.pull_async(**arguments(node), groups=[9], out=tmp_path)
 
     asyncio.run(play())
-
-
-def test_the_public_names_are_there_and_lazy() -> None:
-    assert set(bzstream.__all__) <= set(dir(bzstream))
-    for name in bzstream.__all__:
-        assert getattr(bzstream, name) is not None
-    with pytest.raises(AttributeError):
-        _ = bzstream.nothing
