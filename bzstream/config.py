@@ -38,13 +38,14 @@ __all__ = [
     "ShownAs",
     "StoreSettings",
     "SubmitSettings",
+    "environment_name",
     "load",
 ]
 
-Seconds = Annotated[float, Meta(gt=0)]
+Seconds = Annotated[float, Meta(gt=0, extra={"unit": "seconds"})]
 Count = Annotated[int, Meta(ge=1)]
-Bytes = Annotated[int, Meta(ge=1)]
-Blocks = Annotated[int, Meta(ge=1)]
+Bytes = Annotated[int, Meta(ge=1, extra={"unit": "bytes"})]
+Blocks = Annotated[int, Meta(ge=1, extra={"unit": "blocks"})]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 ShownAs = Literal["distribute", "train", "commit", "submit"]
 """The phases that the HTTP contract knows."""
@@ -63,7 +64,9 @@ class HttpSettings(_Section, frozen=True):
     """`[http]`: the listener and the limits that keep a hostile client from costing anybody anything."""
 
     host: str = "127.0.0.1"
+    """Address that the node listens on. Loopback, so that nothing is public before somebody decides it."""
     port: Port = 8000
+    """TCP port; 0: any free port, written to the log. 8000 is the port of the subnet's first server."""
     workers: Count = 1
     """Processes that share the port. One worker fills 100 Gbit/s of sendfile on current hardware."""
     max_head: Bytes = 16 * 1024
@@ -71,8 +74,11 @@ class HttpSettings(_Section, frozen=True):
     max_fields: Count = 100
     """Header fields of one request (Apache's default LimitRequestFields is 100)."""
     head_timeout_s: Seconds = 10.0
+    """A request's head must be whole after so long. An honest one is a packet or two, sent at once."""
     max_body: Bytes = 64 * 1024
+    """Bytes of a request's body. A submission with a URL of 2048 characters takes 3 KB."""
     body_timeout_s: Seconds = 10.0
+    """A request's body must be whole after so long."""
     idle_timeout_s: Seconds = 75.0
     """Keep-alive without a request (nginx's default keepalive_timeout)."""
     stall_timeout_s: Seconds = 60.0
@@ -80,6 +86,7 @@ class HttpSettings(_Section, frozen=True):
     linger_s: Seconds = 2.0
     """After an early final answer input is discarded for so long or `linger_bytes`, then closed (RFC 9112 9.6)."""
     linger_bytes: Bytes = 1024 * 1024
+    """Input that is discarded after an early final answer; more than a body that just missed `max_body`."""
     max_connections: Count = 10_000
     """Open connections of one worker. When it is full, the one that has waited longest for a request gives way."""
     max_connections_per_caller: Count = 64
@@ -89,6 +96,7 @@ class HttpSettings(_Section, frozen=True):
     tls_cert: str | None = None
     """PEM chain; with `tls_key` the listener speaks TLS. Both files are loaded again when they change."""
     tls_key: str | None = None
+    """PEM private key of `tls_cert`, readable by the node alone."""
     trusted_proxies: tuple[str, ...] = ()
     """Networks (CIDR) whose X-Forwarded-For names the peer."""
     backlog: Count = 4096
@@ -125,8 +133,9 @@ class StoreSettings(_Section, frozen=True):
     """`[store]`: the snapshots."""
 
     path: str | None = None
+    """Folder of the snapshots, which `bzstream publish` writes; or `--store`."""
     keep: Count = 3
-    """Published versions that stay on disk."""
+    """Published versions that stay on disk: the current one, one to roll back to, and one still being downloaded."""
 
 
 class CodingSettings(_Section, frozen=True):
@@ -146,10 +155,15 @@ class ChainSettings(_Section, frozen=True):
     endpoint: tuple[str, ...] = ()
     """WebSocket URLs of Bittensor nodes, tried in turn."""
     netuid: Annotated[int, Meta(ge=0, le=65535)] | None = None
+    """Number of the subnet on the chain that `endpoint` names."""
     distribute_blocks: Blocks = 20
+    """Blocks of the phase in which miners download; 20 blocks of 12 s are 240 s."""
     train_blocks: Blocks = 300
+    """Blocks of the phase in which miners train; 300 blocks are an hour."""
     commit_blocks: Blocks = 20
+    """Blocks of the phase in which miners commit to their checkpoints on the chain."""
     submit_blocks: Blocks = 80
+    """Blocks of the phase in which miners submit; 80 blocks are 16 minutes."""
     phases: tuple[tuple[PhaseName, Blocks, ShownAs], ...] = ()
     """The phases of a cycle: [name, blocks, shown as] each, in their order. Shown as one of "distribute", "train",
     "commit" and "submit", which is what /health calls `phase`; the name is its `phase_detail`. Empty: these four, with
@@ -202,12 +216,17 @@ class SubmitSettings(_Section, frozen=True):
     """`[submit]`: what a submission may look like."""
 
     max_per_cycle: Count = 3
+    """Submissions of one hotkey in a cycle: the last one counts, and two corrections are enough."""
     max_url: Count = 2048
+    """Characters of a checkpoint URL. Presigned URLs of object stores can have more than 1,000."""
     allow_http: bool = False
+    """Accept http:// URLs. Without TLS anybody on the way can change the checkpoint."""
     allow_private_urls: bool = False
+    """Accept URLs that lead to private addresses. For closed networks only: a miner could probe the inside."""
     ports: tuple[Annotated[int, Meta(ge=1, le=65535)], ...] = ()
     """Ports a checkpoint URL may name; empty: any."""
     signature_schemes: tuple[Literal["ed25519", "sr25519"], ...] = ("ed25519", "sr25519")
+    """Accepted kinds of signatures: ed25519 is the contract's, sr25519 that of standard Bittensor hotkeys."""
 
 
 class LedgerSettings(_Section, frozen=True):
@@ -222,6 +241,7 @@ class EvaluationSettings(_Section, frozen=True):
     """`[evaluation]`: how checkpoints are fetched and scored."""
 
     enabled: bool = True
+    """Run evaluators; or `--no-evaluator`. Off: submissions are accepted and wait."""
     data: str | None = None
     """Tokens file (.npy, .bin, .safetensors), text file or folder, or a Hugging Face dataset name."""
     tokenizer: str | None = None
@@ -235,6 +255,7 @@ class EvaluationSettings(_Section, frozen=True):
     windows: Count = 64
     """Windows of tokens a score is the mean of."""
     window_tokens: Annotated[int, Meta(ge=2)] = 1024
+    """Tokens of a window. Longer ones take more memory for a forward pass."""
     batch: Count = 4
     """Windows a forward pass."""
     score_timeout_s: Seconds = 600.0
@@ -242,7 +263,9 @@ class EvaluationSettings(_Section, frozen=True):
     fetch_grace_blocks: Annotated[int, Meta(ge=0)] = 10
     """Blocks after the submit phase within which a checkpoint must be fetched."""
     fetch_timeout_s: Seconds = 900.0
+    """A checkpoint must be fetched after so long: 3.62 GB at 4 MB/s."""
     fetch_stall_s: Seconds = 30.0
+    """A fetch that gets no byte for so long is given up and tried again."""
     fetches: Count = 32
     """Checkpoints fetched at once. A slow server holds one place for at most fetch_timeout_s; places are threads."""
     fetch_connections: Count = 4
@@ -250,12 +273,15 @@ class EvaluationSettings(_Section, frozen=True):
     fetch_attempts: Count = 3
     """Tries of a fetch whose fault may be passing, within one fetch_timeout_s."""
     max_redirects: Annotated[int, Meta(ge=0, le=20)] = 5
+    """Redirects that a fetch follows. A model hub needs one, to its storage."""
     spool: str | None = None
     """Folder for fetched checkpoints; default: `spool` inside the store."""
     spool_bytes: Bytes = 256 * 1024**3
+    """Bytes that fetched checkpoints may take together: 75 slices of 3.62 GB."""
     read_memory: Bytes = 512 * 1024**2
     """Bytes that the process which reads a hostile file may use above an idle one. The largest honest head takes 30."""
     read_timeout_s: Seconds = 300.0
+    """The process that reads a hostile file is ended after so long. It is enough for 3.62 GB at 12 MB/s."""
     lease_s: Seconds = 120.0
     """A claimed job goes back to the queue when its evaluator has not renewed the lease for so long."""
     poll_s: Seconds = 0.5
@@ -266,16 +292,19 @@ class EvaluationSettings(_Section, frozen=True):
 
 
 class LogSettings(_Section, frozen=True):
-    """`[log]`"""
+    """`[log]`: the lines on standard error."""
 
     json: bool = False
+    """One JSON object a line, for collectors; or `--log-json`. Off: lines for people."""
     level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least important lines that are written. `info` has one line a request."""
 
 
 class MetricsSettings(_Section, frozen=True):
     """`[metrics]`: Prometheus text on a listener of its own."""
 
     host: str = "127.0.0.1"
+    """Address of the metrics listener. It asks for no token, so nobody outside of the machine gets there."""
     port: Port | None = None
     """None: no metrics listener. 0: any free port, written to the log."""
 
@@ -308,6 +337,12 @@ class Settings(_Section, frozen=True):
 
 _ALIASES = {"BZ_TOKENS_FILE": ("auth", "tokens_file"), "BZ_LEDGER": ("ledger", "url")}
 """Environment names of the contract that do not follow BZ_<SECTION>_<NAME>."""
+
+
+def environment_name(section: str, name: str) -> str:
+    """The environment variable of a setting."""
+    own = [variable for variable, setting in _ALIASES.items() if setting == (section, name)]
+    return own[0] if own else f"BZ_{section}_{name}".upper()
 
 
 def load(

@@ -26,7 +26,7 @@ __all__ = ["command_line", "main"]
 
 COMMANDS = (
     "publish", "inspect", "versions", "use", "remove", "sign", "serve", "pull", "commit", "submit", "bench", "evaluate",
-    "weights", "demo",
+    "weights", "settings", "demo",
 )  # fmt: skip
 """In the order of a subnet's day: the file `cli/<name>.py` holds the function `<name>`."""
 
