@@ -15,8 +15,10 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from bzstream.cli._options import INTERRUPTED
 from bzstream.cli._output import flush_results, prepare_streams
@@ -40,13 +42,15 @@ def command_line(commands: Iterable[str] = COMMANDS) -> typer.Typer:
         name="bzstream",
         help="Hand out a mixture-of-experts model at the speed of the kernel, take in what miners trained, score it.",
         no_args_is_help=True,
-        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
         pretty_exceptions_enable=False,
     )
     # With a callback a single command keeps its name; without one typer would leave the word `pull` out.
-    found.callback()(_collect_garbage)
+    found.callback()(_begin)
     for name in commands:
-        found.command(name)(_interruptible(getattr(importlib.import_module(f"bzstream.cli.{name}"), name)))
+        found.command(name, cls=_Command)(
+            _interruptible(getattr(importlib.import_module(f"bzstream.cli.{name}"), name))
+        )
     return found
 
 
@@ -64,8 +68,32 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _collect_garbage() -> None:
-    """From here on, and not among what was loaded to get here: all that stays."""
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version  # 15 ms that no other command need pay
+
+        print(f"bzstream {version('bzstream')}")
+        raise typer.Exit
+
+
+_Version = Annotated[
+    bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show bzstream's version and exit.")
+]
+
+
+class _Command(TyperCommand):
+    """A command that has the top command's `--version` too, unless it means a model's version by that word."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        found = super().get_params(ctx)
+        if any("--version" in param.opts for param in found):
+            return found
+        top = [] if ctx.parent is None else ctx.parent.command.params
+        return [*found[:-1], *(param for param in top if "--version" in param.opts), found[-1]]
+
+
+def _begin(version: _Version = False) -> None:
+    """Collect garbage from here on, and not among what was loaded to get here: all that stays."""
     gc.freeze()
     gc.enable()
 
@@ -82,7 +110,7 @@ def main() -> None:
     named = [word for word in sys.argv[1:2] if word in COMMANDS]
     try:
         try:
-            command_line(named or COMMANDS)()
+            command_line(named or COMMANDS)(prog_name="bzstream")
         finally:
             written = flush_results("the output cannot be written")
     except SystemExit as end:

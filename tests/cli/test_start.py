@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+
+import pytest
+
+import bzstream
+from bzstream.cli import COMMANDS
 
 NEVER = ("asyncio", "blake3", "bzstream.config", "h11", "msgspec", "numpy", "sqlalchemy", "ssl", "structlog")
 
@@ -17,3 +23,35 @@ def test_help_loads_nothing_that_a_command_works_with() -> None:
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "serve" in result.stdout
     assert result.stderr == "[]\n"
+
+
+def bzstream_says(*words: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "bzstream", *words],
+        env={**os.environ, "COLUMNS": "100", **environment}, capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert done.stderr == ""
+    return done.stdout
+
+
+@pytest.mark.parametrize("words", [(), ("inspect",), ("submit",), ("weights", "--json")])
+def test_version(words: tuple[str, ...]) -> None:
+    assert bzstream_says(*words, "--version") == f"bzstream {bzstream.__version__}\n"
+
+
+@pytest.mark.parametrize("words", [(), ("pull",)])
+def test_the_short_word_for_help(words: tuple[str, ...]) -> None:
+    assert bzstream_says(*words, "-h") == bzstream_says(*words, "--help")
+
+
+def test_a_shell_completes_commands_and_options() -> None:
+    script = bzstream_says("--show-completion", "bash")
+    assert "_BZSTREAM_COMPLETE=complete_bash" in script
+
+    def complete(line: str) -> list[str]:
+        words = {"COMP_WORDS": line, "COMP_CWORD": str(line.count(" ")), "_BZSTREAM_COMPLETE": "complete_bash"}
+        return bzstream_says(**words).split()
+
+    assert complete("bzstream ") == list(COMMANDS)
+    assert complete("bzstream pu") == ["publish", "pull"]
+    assert complete("bzstream pull --max") == ["--max-speed"]
