@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from bzstream.cli._options import CaFile, Hotkey, ProofKey, Receiver, caller, client_command
+from bzstream.cli._options import CaFile, Hotkey, Netuid, Network, ProofKey, Receiver, caller, client_command, locate
 from bzstream.cli._output import flush_results
 from bzstream.cli._progress import Moment, Throttle, byte_count, show_progress
 
@@ -28,9 +28,13 @@ __all__ = ["pull"]
 
 def pull(
     url: Annotated[
-        list[str],
-        typer.Argument(envvar="BZSTREAM_URL", help="Validator, such as http://10.0.0.7:8000; several share the work."),
-    ],
+        list[str] | None,
+        typer.Argument(
+            envvar="BZSTREAM_URL",
+            help="Validator, such as http://10.0.0.7:8000; several share the work; or see --network.",
+        ),
+    ] = None,
+    *,
     out: Annotated[Path, typer.Option(help="Folder for the files; an interrupted pull goes on there.")],
     group: Annotated[
         list[int] | None, typer.Option(min=0, help="Expert group (may repeat): group-K.safetensors.")
@@ -54,6 +58,8 @@ def pull(
     validator_hotkey: Annotated[
         str | None, typer.Option(help="SS58 address that must have signed the hashes; without it see above.")
     ] = None,
+    network: Network = None,
+    netuid: Netuid = None,
     receiver: Receiver = None,
     version: Annotated[
         str | None, typer.Option(help="Stay with this model version instead of the current one.")
@@ -94,7 +100,7 @@ def pull(
     began = time.monotonic()
     with client_command("stopped; the same command goes on from here"), show.running() as progress:
         report = client.pull(
-            [*url, *(mirror or ())],
+            locate([*(url or ()), *(mirror or ())], network, netuid, validator_hotkey),
             out=out,
             groups=group or (),
             shared=shared,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bzstream.cli._options import CaFile, Url, client_command
+from bzstream.cli._options import CaFile, Netuid, Network, UrlIfKnown, client_command, locate
 
 if TYPE_CHECKING:
     from bzstream.client import SubmissionStatus
@@ -29,7 +29,8 @@ _MEANING = {
 
 
 def submit(
-    url: Url,
+    url: UrlIfKnown = None,
+    *,
     key: Annotated[str, typer.Option(envvar="BZSTREAM_KEY", help="Key file or wallet (<wallet>/<hotkey>) that signs.")],
     group: Annotated[int, typer.Option(min=0, help="Expert group that the checkpoint was trained for.")],
     checkpoint_url: Annotated[str, typer.Option(help="Where the validator can fetch the checkpoint.")],
@@ -39,6 +40,9 @@ def submit(
     checkpoint: Annotated[
         Path | None, typer.Option(help="The file behind the URL: its hash is signed too, as proof of being first.")
     ] = None,
+    network: Network = None,
+    netuid: Netuid = None,
+    validator_hotkey: Annotated[str | None, typer.Option(help="SS58 address to find there.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the evaluation to its end.")] = False,
     ca_file: CaFile = None,
     as_json: Annotated[
@@ -53,8 +57,9 @@ def submit(
 
     last: SubmissionStatus | None = None
     with client_command("stopped; what was accepted stays accepted"):
+        (found,) = locate([url] if url else [], network, netuid, validator_hotkey)
         report = client.submit(
-            url,
+            found,
             key=key,
             group=group,
             checkpoint_url=checkpoint_url,
@@ -71,7 +76,7 @@ def submit(
             print(f"accepted as {report.submission_id} for block {report.block_number}{eta}{again}", flush=True)
         if not wait:
             return
-        for last in client.follow(url, report.submission_id, ca_file=ca_file):
+        for last in client.follow(found, report.submission_id, ca_file=ca_file):
             _show(last, as_json)
     if last is None or last.status != "scored":
         raise client.ClientError("the checkpoint was not scored" + (f": {last.reason}" if last and last.reason else ""))

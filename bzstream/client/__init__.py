@@ -6,6 +6,7 @@ May import `httpclient`, `chain` (keys and proofs) and the foundation (tensorfil
 from __future__ import annotations
 
 from bzstream.client.aio import fetch_tensors_async, pull_async
+from bzstream.client.axon import find_axon
 from bzstream.client.errors import *  # noqa: F403
 from bzstream.client.errors import __all__ as __all__
 from bzstream.client.measure import LinkReport, Sweep, measure
@@ -17,5 +18,5 @@ from bzstream.client.tuning import Tuning
 
 __all__ += (
     "LinkReport", "Progress", "PullReport", "SubmissionReport", "SubmissionStatus", "Sweep", "Tuning", "UnitReport",
-    "fetch_tensors", "fetch_tensors_async", "follow", "measure", "pull", "pull_async", "submit",
+    "fetch_tensors", "fetch_tensors_async", "find_axon", "follow", "measure", "pull", "pull_async", "submit",
 )  # fmt: skip

@@ -1,7 +1,8 @@
 """Where a validator is and what a pull asks it for, as plain values: URLs, paths, headers and file names.
 
 Pure functions. A base URL may carry a path (a node behind a reverse proxy); it must not carry a query, a fragment or
-credentials: the token travels in a header, and URLs end up in logs.
+credentials: the token travels in a header, and URLs end up in logs. The one fragment that it may have is the pin of the
+server's TLS key (`#pin-sha256=<64 hex>`, `util.key_pin`), by which the server is known instead of by its name.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ __all__ = ["VERSION_FORM", "Address", "UnitRef", "parse_address"]
 VERSION_FORM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 """A model version, as the HTTP contract spells it."""
 
+_PIN_FORM = re.compile(r"pin-sha256=([0-9a-f]{64})", re.ASCII)
 _HOST_FORM = re.compile(r"[A-Za-z0-9.:_%-]+", re.ASCII)
 _PREFIX_FORM = re.compile(r"(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)*", re.ASCII)  # RFC 3986 3.3: segments of pchar
 
@@ -27,6 +29,8 @@ class Address(NamedTuple):
 
     origin: Origin
     prefix: str
+    pin: bytes | None = None
+    """The pin of its TLS key; None: its certificate must hold its name."""
 
     def __str__(self) -> str:
         return f"{self.origin}{self.prefix}"
@@ -43,13 +47,15 @@ def parse_address(url: str) -> Address:
         raise BadUrl(f"{url!r} is not the URL of a validator; write it like http://10.0.0.7:8000")
     if parts.username is not None or parts.password is not None:
         raise BadUrl("a URL of a validator holds no user or password; the token comes from BZ_AUTH_TOKEN")
-    if parts.query or parts.fragment:
+    pin = _PIN_FORM.fullmatch(parts.fragment) if parts.scheme == "https" else None
+    if parts.query or (parts.fragment and pin is None):
         raise BadUrl(f"{url!r} has a query or a fragment; give only where the validator is")
     prefix = parts.path.rstrip("/")
     if not _PREFIX_FORM.fullmatch(prefix) or not _HOST_FORM.fullmatch(parts.hostname):
         raise BadUrl(f"{url!r} has characters that no URL may have; write it like http://10.0.0.7:8000")
     scheme: Literal["http", "https"] = "https" if parts.scheme == "https" else "http"
-    return Address(Origin(scheme, parts.hostname, DEFAULT_PORTS[scheme] if port is None else port), prefix)
+    origin = Origin(scheme, parts.hostname, DEFAULT_PORTS[scheme] if port is None else port)
+    return Address(origin, prefix, None if pin is None else bytes.fromhex(pin[1]))
 
 
 class UnitRef(NamedTuple):

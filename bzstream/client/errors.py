@@ -13,8 +13,8 @@ from bzstream.httpclient.errors import ClientError, TransientError
 from bzstream.httpclient.errors import __all__ as __all__
 
 __all__ += (
-    "BadManifest", "BadSignature", "BadUrl", "Busy", "DiskError", "FolderBusy", "Forbidden", "NotFound", "Refused",
-    "Stopped", "Unauthorized", "UsageError", "VersionChanged", "WrongHash",
+    "AxonNotFound", "BadManifest", "BadSignature", "BadUrl", "Busy", "DiskError", "FolderBusy", "Forbidden", "NotFound",
+    "Refused", "Stopped", "Unauthorized", "UsageError", "VersionChanged", "WrongHash",
 )  # fmt: skip
 
 
@@ -24,6 +24,10 @@ class UsageError(ClientError):
 
 class BadUrl(ClientError):
     """The URL of a validator cannot be used: other scheme, credentials, a query or a fragment in it."""
+
+
+class AxonNotFound(ClientError):
+    """The chain does not list where the validator is, or its node does not tell."""
 
 
 class FolderBusy(ClientError):

@@ -28,7 +28,15 @@ from bzstream.client.manifest import Coding, Manifest, parse_manifest
 from bzstream.client.mirror import Mirror
 from bzstream.client.responses import BUSY, redirect_error, refusal
 from bzstream.client.tuning import Tuning
-from bzstream.httpclient import Connection, Connector, ProxyRules, ResponseHead, parse_content_range, tls_context
+from bzstream.httpclient import (
+    Connection,
+    Connector,
+    ProxyRules,
+    ResponseHead,
+    parse_content_range,
+    pinned_tls_context,
+    tls_context,
+)
 from bzstream.util.backoff import backoff
 
 __all__ = ["Session"]
@@ -56,15 +64,20 @@ class Session:
         self.notify = notify or (lambda text: None)
         ca_file = ca_file or next(filter(None, map(os.environ.get, CA_VARIABLES)), None)
         context = functools.cache(lambda: tls_context(ca_file))
-        if any(address.origin.secure for address in addresses):
+        if any(address.origin.secure and address.pin is None for address in addresses):
             context()
-        self._connector = Connector(
-            ProxyRules(os.environ),
-            context,
-            connect_timeout_s=tuning.connect_timeout_s,
-            stall_s=tuning.stall_s,
-            on_wait=self.raise_if_stopped,
-        )
+        rules = ProxyRules(os.environ)
+        self._connectors = [
+            Connector(
+                rules,
+                context if address.pin is None else functools.partial(pinned_tls_context, address.pin),
+                connect_timeout_s=tuning.connect_timeout_s,
+                stall_s=tuning.stall_s,
+                on_wait=self.raise_if_stopped,
+            )
+            for address in addresses
+        ]
+        """By the number of the mirror."""
         self._lock = threading.Lock()
         self._idle: dict[int, list[Connection]] = {}
         self._live: dict[Connection, int] = {}
@@ -77,7 +90,7 @@ class Session:
             if idle:
                 return idle.pop()
         self.raise_if_stopped()
-        connection = self._connector.open(mirror.address.origin)
+        connection = self._connectors[mirror.number].open(mirror.address.origin)
         mirror.rtt = min(mirror.rtt, connection.rtt) if mirror.rtt else connection.rtt
         with self._lock:
             self._live[connection] = mirror.number

@@ -10,6 +10,7 @@ from bzstream.httpclient.connecting import (
     Connector,
     SocketAddress,
     connect_first,
+    pinned_tls_context,
     resolve,
     start_tls,
     tls_context,
@@ -23,5 +24,6 @@ from bzstream.httpclient.proxies import ProxyRules
 
 __all__ += (
     "DEFAULT_PORTS", "Connection", "Connector", "Origin", "ProxyRules", "ResponseHead", "SocketAddress",
-    "connect_first", "os_reason", "parse_content_range", "resolve", "start_tls", "tls_context",
+    "connect_first", "os_reason", "parse_content_range", "pinned_tls_context", "resolve", "start_tls",
+    "tls_context",
 )  # fmt: skip

@@ -24,7 +24,7 @@ from bzstream.httpclient.proxies import Proxy, ProxyRules
 if TYPE_CHECKING:
     import ssl
 
-__all__ = ["Connector", "SocketAddress", "connect_first", "resolve", "start_tls", "tls_context"]
+__all__ = ["Connector", "SocketAddress", "connect_first", "pinned_tls_context", "resolve", "start_tls", "tls_context"]
 
 ATTEMPT_DELAY_S = 0.25
 """RFC 8305 5: the recommended Connection Attempt Delay."""
@@ -53,6 +53,13 @@ def tls_context(ca_file: str | None = None) -> ssl.SSLContext:
         raise Unreachable(f"the certificates in {ca_file} cannot be loaded: {error}") from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context
+
+
+def pinned_tls_context(pin: bytes) -> ssl.SSLContext:
+    """Not the name of the server is verified but its key, by this pin (`util.key_pin`)."""
+    from bzstream.httpclient.pinned_tls import pinned_context
+
+    return pinned_context(pin)
 
 
 def resolve(host: str, port: int) -> list[SocketAddress]:

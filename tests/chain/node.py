@@ -176,6 +176,8 @@ class FakeNode:
                 self.keys_read.append(params[0])
                 value = chain.read(bytes.fromhex(params[0][2:]), self._block(params[1]))
                 return None if value is None else "0x" + value.hex()
+            case "state_getStorage":  # the older name of the same method
+                return self._result(connection, "state_getStorageAt", params)
             case "state_queryStorageAt":
                 block = self._block(params[1])
                 values = [chain.read(bytes.fromhex(key[2:]), block) for key in params[0]]

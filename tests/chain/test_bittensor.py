@@ -97,13 +97,14 @@ async def test_a_validator_has_the_permit_the_stake_and_a_place_on_the_list() ->
     async with FakeNode() as node:
         node.neurons = [(ALICE, True), (BOB, True), (CAROL, False), (dave, True), (erin, False)]
         node.chain.stakes = {ALICE: 1_500_000_000, BOB: 1_499_999_999, CAROL: 9_000_000_000, dave: 2_000_000_000}
-        for changes, expected in [
+        cases: list[tuple[dict[str, object], set[str]]] = [
             ({}, {ALICE, BOB, dave}),
             ({"min_validator_stake": 1.5}, {ALICE, dave}),
             ({"validators_allowed": (ALICE, BOB, CAROL)}, {ALICE, BOB}),
             ({"min_validator_stake": 1.5, "validators_allowed": (ALICE, BOB, CAROL)}, {ALICE}),
             ({"validators_allowed": (erin,)}, set()),
-        ]:
+        ]
+        for changes, expected in cases:
             async with watching(node, **changes) as seen:
                 state = await seen.at(100)
                 assert state.validators == expected, changes
