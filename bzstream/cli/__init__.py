@@ -8,6 +8,7 @@ inside its function, and only the file of the command that is named is loaded at
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import gc
 import importlib
@@ -89,7 +90,10 @@ class _Command(TyperCommand):
         if any("--version" in param.opts for param in found):
             return found
         top = [] if ctx.parent is None else ctx.parent.command.params
-        return [*found[:-1], *(param for param in top if "--version" in param.opts), found[-1]]
+        shown = [copy.copy(param) for param in top if "--version" in param.opts]
+        for param in shown:
+            param.expose_value = False  # the command's function has no such parameter
+        return [*found[:-1], *shown, found[-1]]
 
 
 def _begin(version: _Version = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +56,8 @@ def test_a_shell_completes_commands_and_options() -> None:
     assert complete("bzstream ") == list(COMMANDS)
     assert complete("bzstream pu") == ["publish", "pull"]
     assert complete("bzstream pull --max") == ["--max-speed"]
+
+
+def test_a_command_gets_its_own_options_alone(tmp_path: Path) -> None:
+    (tmp_path / "snapshots").mkdir()
+    assert bzstream_says("versions", str(tmp_path), "--json").strip() == "[]"
