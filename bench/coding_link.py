@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bench.alone import HOTKEY
 from bench.command import command
@@ -83,10 +84,12 @@ def repeated(file: Path) -> dict[str, Any]:
     head = parse_head(raw, len(raw))
     found = {}
     for tensor in head.tensors:
-        data = np.frombuffer(raw[head.data_start + tensor.start : head.data_start + tensor.end], np.uint16)
+        data = np.frombuffer(raw[head.data_start + tensor.start : head.data_start + tensor.end], np.int16)
+        # As bfloat16, which numpy lacks: other elements of two bytes are coded byte by byte.
+        value = torch.from_numpy(data.copy()).view(torch.bfloat16).reshape(tensor.shape)
         before, layer, after = tensor.name.partition(".layers.")[0], *tensor.name.split(".layers.")[1].split(".", 1)
         for turn in range(REPEATED):
-            found[f"{before}.layers.{int(layer) + 4 * turn}.{after}"] = data.reshape(tensor.shape)
+            found[f"{before}.layers.{int(layer) + 4 * turn}.{after}"] = value
     return found
 
 

@@ -1,9 +1,9 @@
 """Whether chunks are fetched coded, and which of a unit's codings serve: fewer bytes on the link, at a core's expense.
 
 Pure decisions and decoding; the workers do the fetching. A coding is used as long as the processor decodes faster than
-the link brings coded bytes: `update` is told the link's rate, and every decoded chunk shows the processor's. On a far
-link coding begins at once, on a near one when a quarter of a second has shown that it is slow. A difference needs the
-file of its base: the file of an earlier pull, if its SHA-256 is the one that the coding names.
+the link brings coded bytes: `update` is told what has come, and every decoded chunk shows the processor's rate. On a
+far link coding begins at once, on a near one when even its best quarter of a second is far below that rate. A
+difference needs the file of its base: the file of an earlier pull, if its SHA-256 is the one that the coding names.
 
 Nothing here is trusted: the coded bytes are compared with the manifest's hash of them, decoded within bounds, and the
 result is compared with the manifest's hash of the chunk. Any thread; the lock is held for microseconds.
@@ -31,7 +31,12 @@ __all__ = ["BaseFile", "CodedChunks", "coded_chunks"]
 FIRST_DECODE_RATE = 0.5e9
 """Bytes of chunks that a core is taken to decode a second before the first was decoded (measured: 0.6 to 1.3 GB/s)."""
 HEADROOM = 3.0
-"""Decoding must be so many times faster than the link: the cores also receive, hash and write."""
+"""Decoding must stay so many times faster than the link: the cores also receive, hash and write."""
+CLEARLY = 10.0
+"""So many times faster it must be for a near link to begin with coded chunks. A transfer on loopback is slowed by the
+cores alone, also by what else they do, and decoding would slow it more; with two cores it begins below 66 MB/s."""
+WINDOW_S = 0.25
+"""The rate of a near link is the highest over so many seconds: pauses and the start of connections do not count."""
 SUPPORTED = "planes-1"
 """bzstream.coding.NAME, written here because importing that package costs numpy, which a plain pull does not need."""
 
@@ -66,9 +71,11 @@ class CodedChunks:
         self._base_thread: threading.Thread | None = None
         self._local = threading.local()
         self._lock = threading.Lock()
-        self._began = time.monotonic()
-        self._plain_only: set[int] = set()  # lock
-        """Chunks that have to be fetched as they are."""
+        self._first: float | None = None
+        """When the first byte had come."""
+        self._window = (0.0, 0)
+        """When it began, and the bytes that had come by then."""
+        self._best_rate = 0.0
         self._without: set[int] = set()  # lock
         """Numbers of mirrors that do not have these codings, or sent wrong bytes of them."""
         self._decoded_bytes, self._decode_s = 0, 0.0  # lock
@@ -76,22 +83,33 @@ class CodedChunks:
         """Bytes of decoded chunks less those that came over the network for them."""
         self.active = False
         """Whether chunks are to be fetched coded now."""
-        self.undecided = bool(self._alone or self._differences)
-        """The link has not been measured yet."""
-        if self.undecided and (far or tuning.coded_after_s == 0):
+        if far or tuning.coded_after_s == 0:
             self._decide(True)
 
-    def update(self, rate: float) -> None:
-        """The link brings `rate` bytes a second. Called again and again by one thread."""
-        after = self._tuning.coded_after_s
-        if rate > 0 and after > 0 and time.monotonic() - self._began >= after and (self._alone or self._differences):
-            self._decide(self.worth(rate))
+    def update(self, fetched: int, now: float) -> None:
+        """`fetched` bytes have come by `now` (of the monotonic clock). Called some ten times a second by one thread."""
+        if self._tuning.coded_after_s == 0 or not fetched or not (self._alone or self._differences):
+            return
+        if self._first is None:
+            self._first, self._window = now, (now, fetched)
+        began, before = self._window
+        if now - began >= WINDOW_S:
+            self._window = (now, fetched)
+            rate = (fetched - before) / (now - began)
+            if self.active:
+                self._decide(self._worth(rate / self.share, HEADROOM))
+                self._best_rate = rate
+            else:
+                self._best_rate = max(rate, self._best_rate)
+                if now - self._first >= self._tuning.coded_after_s:
+                    self._decide(self._worth(self._best_rate / self.share, CLEARLY))
+                    self._best_rate = 0.0 if self.active else self._best_rate * 0.9  # what was long ago counts less
 
-    def worth(self, rate: float) -> bool:
-        """Whether the cores decode what a link of `rate` bytes a second brings, with headroom."""
+    def _worth(self, rate: float, headroom: float) -> bool:
+        """Whether the cores decode `rate` bytes a second of the unit, with headroom."""
         with self._lock:
             decode_rate = self._decoded_bytes / self._decode_s if self._decode_s > 0.01 else FIRST_DECODE_RATE
-        return rate / self.share * HEADROOM < decode_rate * self._cores
+        return rate * headroom < decode_rate * self._cores
 
     @property
     def share(self) -> float:
@@ -101,20 +119,35 @@ class CodedChunks:
 
     @property
     def waiting(self) -> bool:
-        """Whether to fetch nothing for a moment: the older file is being hashed (1.6 GB/s), and if it is the base, each
-        chunk that comes before that is known has twice the bytes."""
-        return self.active and self._base_thread is not None and self._base_thread.is_alive()
+        """Whether to begin with no further chunk for a moment: the older file is being hashed (1.6 GB/s), and if it is
+        the base, each chunk that comes before that is known has twice the bytes."""
+        return self.active and self._hashing
+
+    @property
+    def hopeful(self) -> bool:
+        """Whether the older file may well be the base, so that meanwhile one chunk is fetched as its difference."""
+        return bool(self._differences) and self._base is not None and self._base.size == self._manifest.size
+
+    @property
+    def _hashing(self) -> bool:
+        return self._base_thread is not None and self._base_thread.is_alive()
 
     def choose(self, index: int, mirror: int) -> Coding | None:
         """The coding with which to fetch a chunk from a mirror; None: as it is."""
         with self._lock:
-            if not self.active or index in self._plain_only or mirror in self._without:
+            if not self.active or mirror in self._without:
                 return None
         best = min(self._usable(), key=lambda coding: coding.chunks[index][1], default=None)
         return best if best is not None and best.chunks[index][1] < self._manifest.chunk_length(index) else None
 
-    def decode(self, index: int, coding: Coding, coded: memoryview, chunk: memoryview) -> bool:
-        """Decode into `chunk` and check it. False: it is not the chunk, and `coding` is used no more."""
+    def await_base(self, coding: Coding) -> bool:
+        """Whether the base of `coding` is here; waits until that is known. False also when the transfer ends."""
+        if coding.base is not None and self._base_thread is not None:
+            self._base_thread.join()
+        return coding.base is None or coding.base == self._base_hash
+
+    def decode(self, index: int, coding: Coding, coded: memoryview, chunk: memoryview) -> blake3 | None:
+        """Decode into `chunk` and check it: its hasher. None: it is not the chunk, and `coding` is used no more."""
         decoder, base = self._tools()
         other: memoryview | None = None
         if coding.base is not None:
@@ -126,25 +159,22 @@ class CodedChunks:
         from bzstream.coding import CodingError
 
         began = time.monotonic()  # not CPU time: cores that are busy with other things decode slowly
+        hasher = blake3()
         try:
             decoder.decode(coded, chunk, other)
-            good = blake3(chunk).digest() == self._manifest.chunks[index]
+            hasher.update(chunk)
+            good = hasher.digest() == self._manifest.chunks[index]
         except CodingError:
             good = False
         spent = time.monotonic() - began
-        with self._lock:
-            if good:
-                self._decoded_bytes += len(chunk)
-                self._decode_s += spent
-                self.gained += len(chunk) - len(coded)
         if not good:
             self._give_up(coding)
-        return good
-
-    def skip_chunk(self, index: int) -> None:
-        """The chunk is to be fetched as it is."""
+            return None
         with self._lock:
-            self._plain_only.add(index)
+            self._decoded_bytes += len(chunk)
+            self._decode_s += spent
+            self.gained += len(chunk) - len(coded)
+        return hasher
 
     def skip_mirror(self, mirror: int) -> bool:
         """Nothing coded comes from this mirror; whether that is news."""
@@ -160,9 +190,8 @@ class CodedChunks:
             self._base_thread.join()
 
     def _decide(self, active: bool) -> None:
-        self.undecided = False
-        self.active = active
-        if active and self._differences and self._base_thread is None:
+        self.active = active and bool(self._alone or self._differences)
+        if self.active and self._differences and self._base_thread is None:
             self._base_thread = threading.Thread(target=self._hash_base, name="bzstream-base", daemon=True)
             self._base_thread.start()
 
@@ -171,6 +200,8 @@ class CodedChunks:
         self._base_hash = self._base.sha256(self._stopped)
 
     def _usable(self) -> Sequence[Coding]:
+        if self.hopeful and self._hashing:
+            return [*self._alone, *self._differences]
         known = self._base_hash
         return [*self._alone, *(coding for coding in self._differences if known is not None and coding.base == known)]
 

@@ -14,6 +14,7 @@ import time
 
 from blake3 import blake3
 
+from bzstream.client.coded_parts import CodedPart
 from bzstream.client.errors import (
     Busy,
     ClientError,
@@ -53,8 +54,8 @@ class FetchWorker:
         self._slot: int | None = None
         """The journal's slot for the range that is being received."""
         self._slot_begin = 0
-        self._buffers: dict[str, memoryview] = {}
-        """For coded chunks: as they come, and decoded."""
+        self._decoded: memoryview | None = None
+        """Memory for a chunk that came coded, made when it is first needed."""
         self._pace = 0.0
         """Bytes a second of the last run; 0 before there was one."""
 
@@ -65,14 +66,14 @@ class FetchWorker:
             os.nice(NICE)
         try:
             while (job := self._next_job()) is not None:
-                segment, mirror = job
+                work, mirror = job
                 fault: ClientError | None = None
                 try:
                     connection = self._connect(mirror)
-                    if segment.coded:
-                        self._fetch_coded(connection, mirror, segment)
+                    if isinstance(work, CodedPart):
+                        self._fetch_part(connection, mirror, work)
                     else:
-                        self._fetch(connection, mirror, segment)
+                        self._fetch(connection, mirror, work)
                     failures = 0
                 except DiskError:
                     raise
@@ -81,7 +82,7 @@ class FetchWorker:
                     self._close_connection()
                     failures += 1
                 finally:
-                    self._finish(segment, mirror)
+                    self._finish(work, mirror)
                 if fault is not None:
                     self._handle_error(mirror, fault, failures)
         finally:
@@ -92,7 +93,7 @@ class FetchWorker:
 
     # Choosing a run
 
-    def _next_job(self) -> tuple[Segment, Mirror] | None:
+    def _next_job(self) -> tuple[Segment | CodedPart, Mirror] | None:
         """Wait for something to do; None when there will be nothing more for this worker."""
         state = self._state
         waited = False
@@ -104,10 +105,15 @@ class FetchWorker:
                     now = time.monotonic()
                     mirror = self._choose(now)
                     if mirror is not None and not self._held_back():
-                        segment = self._take(mirror, now) or self._steal(mirror, now)
-                        if segment is not None:
+                        work = self._take(mirror, now)
+                        if work is None and state.parts:
+                            # All that is left may be chunks of which another mirror sent the beginning.
+                            for other in state.mirrors:
+                                if work is None and other.dropped is None and other.not_before <= now:
+                                    work, mirror = self._part_of(other, now), other
+                        if work is not None:
                             mirror.workers += 1
-                            return segment, mirror
+                            return work, mirror
                     if not waited:
                         waited = True
                         state.waiting += 1
@@ -129,20 +135,41 @@ class FetchWorker:
                     return mirror
         return min(able, key=lambda m: m.workers, default=None)
 
-    def _take(self, mirror: Mirror, now: float) -> Segment | None:
-        """Free work: a chunk that is to be fetched coded, else a run. With the lock held."""
-        plan, coded = self._state.plan, self._state.coded
-        if coded is not None and coded.active and not plan.refetch:
-            segment = plan.take_chunk(self._number, lambda index: coded.choose(index, mirror.number) is not None, now)
-            if segment is not None:
-                return segment
-        return plan.take(self._number, self._run_length(mirror), now)
+    def _take(self, mirror: Mirror, now: float) -> Segment | CodedPart | None:
+        """Free work: a part of a chunk that comes coded, else a run, else part of another's run. With the lock held."""
+        state, plan, coded, parts = self._state, self._state.plan, self._state.coded, self._state.parts
+        if coded is not None and (coded.active or parts):
+            part = self._part_of(mirror, now)
+            if part is not None:
+                return part
+            if coded.waiting and (parts or not coded.hopeful):
+                return None
+            if coded.active and not plan.refetch:
+                number = mirror.number
+                segment = plan.take_chunk(self._number, lambda index: coded.choose(index, number) is not None, now)
+                if segment is not None:
+                    index = segment.start // plan.chunk_size
+                    coding = coded.choose(index, number)
+                    if coding is not None:
+                        parts.open(segment, index, coding, number, plan.chunk_size)
+                        state.changed.notify_all()  # its other parts are for others
+                        return self._part_of(mirror, now)
+                    segment.alone = False
+                    plan.release(segment)
+        return plan.take(self._number, self._run_length(mirror), now) or self._steal(mirror, now)
+
+    def _part_of(self, mirror: Mirror, now: float) -> CodedPart | None:
+        """A part of a coded chunk that was begun: a short one, so that few chunks are under way at once."""
+        state, tuning = self._state, self._state.tuning
+        assert state.coded is not None
+        workers = max(1, state.target)
+        share = int(state.plan.open_bytes * state.coded.share) // (2 * workers)
+        goal = max(tuning.coded_part, min(int(state.rate / workers * tuning.coded_part_rtts * mirror.rtt), share))
+        return state.parts.take(self._number, mirror.number, goal, now)
 
     def _run_length(self, mirror: Mirror) -> int:
         """Bytes of the next run: a few seconds' worth, less near the end so that all workers finish together."""
         state, tuning = self._state, self._state.tuning
-        if state.coded is not None and state.coded.undecided:
-            return tuning.min_run  # what is asked for plain now will not come coded
         workers = max(1, state.target)
         if mirror.rtt < tuning.near_rtt_s:
             # A request costs next to nothing, so that the prefix that the SHA-256 follows can grow in short runs.
@@ -169,14 +196,11 @@ class FetchWorker:
         )
 
     def _held_back(self) -> bool:
-        """Whether to receive no more now, as the SHA-256 would only have to read it back from the disk later, or as
-        fewer bytes will do in a moment.
+        """Whether to receive no more now, as the SHA-256 would only have to read it back from the disk later.
 
-        The first is so when it is behind, and needs longer for what it has to do than the network does.
+        So it is when it is behind, and needs longer for what it has to do than the network does.
         """
         state, sha256 = self._state, self._state.sha256
-        if state.coded is not None and state.coded.waiting:
-            return True
         if sha256 is None or sha256.backlog <= state.tuning.backlog or state.rate <= 0:
             return False
         return state.plan.open_bytes / state.rate < (state.plan.size - sha256.position) / sha256.rate
@@ -252,29 +276,49 @@ class FetchWorker:
             if segment.received < asked:
                 connection.reusable = False  # a thief has the rest, and it is still on its way to us here
 
-    def _fetch_coded(self, connection: Connection, mirror: Mirror, segment: Segment) -> None:
-        """Receive the coded form of a chunk, decode it, and pass it on. Whatever is wrong with that form, the chunk is
-        fetched as it is afterwards."""
-        state, plan, coded = self._state, self._state.plan, self._state.coded
-        index = segment.start // plan.chunk_size
-        coding = coded.choose(index, mirror.number) if coded is not None else None
-        if coded is None or coding is None:
-            self._fetch(connection, mirror, segment)
-            return
+    def _fetch_part(self, connection: Connection, mirror: Mirror, part: CodedPart) -> None:
+        """Receive a part of a chunk's coded form; the last part's worker decodes the chunk."""
+        state, chunk = self._state, part.chunk
+        offset = chunk.coding.chunks[chunk.index][0]
+        complete = False
         try:
-            state.session.open_coded(connection, mirror, state.manifest, state.version, coding, index)
-            raw = self._receive_coded(connection, mirror, segment, coding.chunks[index][1])
+            begin, end = offset + part.begin, offset + part.end
+            state.session.open_coded(connection, mirror, state.manifest, state.version, chunk.coding, begin, end)
+            while part.begin < part.end and not chunk.failed:
+                count = connection.read_into(chunk.raw[part.begin : min(part.end, part.begin + state.tuning.buffer)])
+                with state.lock:
+                    pause = state.pause(count)
+                    state.fetched += count
+                    mirror.bytes += count
+                    complete = state.parts.arrived(part, count, time.monotonic())
+                if pause:
+                    state.session.stopping.wait(pause)
         except (VersionChanged, Refused, ProtocolViolation, Busy):
             # It has other coded files, none, or a fault of its own: what is more than that, a plain request finds out.
-            coded.skip_mirror(mirror.number)
-            segment.alone = False
+            self._skip_coded(mirror)
             self._close_connection()
             return
-        except ClientError:
-            segment.alone = False  # the same may be tried again
-            raise
+        if chunk.failed:
+            self._close_connection()
+        elif complete:
+            self._decode(mirror, part)
+
+    def _skip_coded(self, mirror: Mirror) -> bool:
+        """Nothing coded comes from this mirror any more; whether that is news."""
+        state = self._state
+        assert state.coded is not None
+        news = state.coded.skip_mirror(mirror.number)
+        with state.lock:
+            state.give_up_coded(mirror)
+        return news
+
+    def _decode(self, mirror: Mirror, part: CodedPart) -> None:
+        """Decode a chunk and pass it on. Whatever is wrong with its coded form, it is fetched as it is afterwards."""
+        state, plan, coded = self._state, self._state.plan, self._state.coded
+        index, segment, coding, raw = part.chunk.index, part.chunk.segment, part.chunk.coding, part.chunk.raw
+        assert coded is not None
         if blake3(raw).digest() != coding.chunks[index][2]:
-            if coded.skip_mirror(mirror.number):
+            if self._skip_coded(mirror):
                 state.session.notify(
                     f"{mirror.address} sent coded bytes with a wrong hash; taking it uncoded from there"
                 )
@@ -284,18 +328,23 @@ class FetchWorker:
                 if final is not None:
                     state.drop(mirror, final)
             return
+        if not coded.await_base(coding):
+            segment.alone = False  # it was fetched in the hope that the older file is the base
+            return
         length = plan.length(index)
         memory = state.sink.memory_at(segment.start, length)
-        view = memory if memory is not None else self._buffer("chunk", plan.chunk_size)[:length]
-        if not coded.decode(index, coding, raw, view):
+        if memory is None and self._decoded is None:
+            self._decoded = memoryview(bytearray(plan.chunk_size))
+        view = memory if memory is not None else self._decoded[:length]  # type: ignore[index]
+        hasher = coded.decode(index, coding, raw, view)
+        if hasher is None:
             state.session.notify(
                 f"a coded form of {state.manifest.unit.label} is damaged where it was made; not using it"
             )
             return
         with state.lock:
             chunk = plan.chunk(index)
-        chunk.hasher.update(view)
-        chunk.hashed = length
+        chunk.hasher, chunk.hashed = hasher, length
         self._writer.begin(segment.pos)
         self._slot = None
         at = 0
@@ -306,28 +355,6 @@ class FetchWorker:
             at += len(space)
             segment.received += len(space)
             self._store(segment, mirror, len(space), last=at == length, wire=0)
-
-    def _receive_coded(self, connection: Connection, mirror: Mirror, segment: Segment, length: int) -> memoryview:
-        state = self._state
-        raw = self._buffer("coded", state.plan.chunk_size)[:length]
-        done = 0
-        while done < length:
-            count = connection.read_into(raw[done : done + state.tuning.buffer])
-            done += count
-            with state.lock:
-                pause = state.pause(count)
-                state.fetched += count
-                mirror.bytes += count
-                segment.moved = time.monotonic()
-            if pause:
-                state.session.stopping.wait(pause)
-        return raw
-
-    def _buffer(self, name: str, size: int) -> memoryview:
-        """Memory that is used again and again, made when it is first needed."""
-        if name not in self._buffers:
-            self._buffers[name] = memoryview(bytearray(size))
-        return self._buffers[name]
 
     def _store(self, segment: Segment, mirror: Mirror, count: int, *, last: bool, wire: int | None = None) -> None:
         """Pass received bytes on to the sink, note what is in it, have the chunk checked when it is complete.
@@ -354,11 +381,13 @@ class FetchWorker:
         if pause:
             state.session.stopping.wait(pause)
 
-    def _finish(self, segment: Segment, mirror: Mirror) -> None:
+    def _finish(self, work: Segment | CodedPart, mirror: Mirror) -> None:
         with self._state.changed:
             mirror.workers -= 1
-            self._state.plan.release(segment)
-            if segment.pos < segment.end:
+            segment = self._state.parts.release(work) if isinstance(work, CodedPart) else work
+            if segment is not None:
+                self._state.plan.release(segment)
+            if segment is None or segment.pos < segment.end:
                 self._state.changed.notify()
 
     def _handle_error(self, mirror: Mirror, error: ClientError, failures: int) -> None:
@@ -376,6 +405,8 @@ class FetchWorker:
                 final = mirror.note_error(error, time.monotonic())
                 if final is not None:
                     state.drop(mirror, final)
+                elif mirror.not_before > time.monotonic() and len(state.mirrors) > 1:
+                    state.give_up_coded(mirror)  # others can have its chunks
             # The first failure of a connection is met with another at once.
             pause = backoff(failures - 1, first=0.1, most=5.0)
             if isinstance(error, ProtocolViolation | VersionChanged):

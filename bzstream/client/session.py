@@ -272,13 +272,13 @@ class Session:
         manifest: Manifest,
         version: str | None,
         coding: Coding,
-        index: int,
+        begin: int,
+        end: int,
     ) -> None:
-        """As `open_range`, for chunk `index` in a coded form. Raises VersionChanged and Refused, too, when this mirror
-        does not have exactly that form."""
-        offset, length, _ = coding.chunks[index]
+        """As `open_range`, for bytes [begin, end) of a coded form. Raises VersionChanged and Refused, too, when this
+        mirror does not have exactly that form."""
         target = manifest.unit.target(version, coding=coding.query)
-        self._open(connection, mirror, manifest, target, coding.etag, offset, offset + length, coding.size)
+        self._open(connection, mirror, manifest, target, coding.etag, begin, end, coding.size)
 
     def _open(
         self,

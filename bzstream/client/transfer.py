@@ -108,14 +108,14 @@ class Transfer:
             self._control_loop(on_progress)
         finally:
             self._end()
+            if state.coded is not None:
+                state.coded.close()
             for helper in helpers:
                 helper.join()
             for number, worker in enumerate(self._workers):
                 # A name that is being looked up cannot be interrupted; the thread touches nothing of ours after it.
                 while worker.is_alive() and number not in state.connecting:
                     worker.join(0.05)
-            if state.coded is not None:
-                state.coded.close()
             if state.sha256 is not None and not state.plan.complete:
                 state.sha256.stop()
             self.seconds = time.monotonic() - began
@@ -180,7 +180,7 @@ class Transfer:
             now = time.monotonic()
             state.rate = long_meter.update(now, state.fetched)
             if state.coded is not None:
-                state.coded.update(state.rate)
+                state.coded.update(state.fetched, now)
             recent = short_meter.update(now, state.fetched)
             moment = self.progress()
             on_progress(moment)
@@ -259,7 +259,8 @@ class Transfer:
             if not state.waiting or state.plan.free or state.plan.refetch:
                 return
             late = max(self._tuning.stuck_s, 10 * max(mirror.rtt for mirror in state.mirrors))
-            stuck = [segment.worker for segment in state.plan.active if now - segment.moved > late]
+            stuck = [s.worker for s in state.plan.active if not s.coded and now - s.moved > late]
+            stuck += state.parts.stuck(now - late)
             connections = [state.busy[worker] for worker in stuck if worker in state.busy]
         for connection in connections:
             connection.interrupt()

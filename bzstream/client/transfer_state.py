@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 from bzstream.client.coded import CodedChunks
+from bzstream.client.coded_parts import CodedParts
 from bzstream.client.errors import ClientError
 from bzstream.client.fetch_plan import FetchPlan
 from bzstream.client.journal import Journal
@@ -58,6 +59,7 @@ class TransferState:
         self.changed = threading.Condition(self.lock)
         """There may be work, or everything is over."""
         self.plan = plan  # lock
+        self.parts = CodedParts()  # lock
         self.over = False
         self.failure: BaseException | None = None  # lock
         """What ends the transfer."""
@@ -141,9 +143,16 @@ class TransferState:
             limit = min(self._prefix * self.plan.chunk_size, self.plan.size)
         self.sha256.advance(limit)
 
+    def give_up_coded(self, mirror: Mirror) -> None:
+        """Chunks that come coded from this mirror are to come in another way. With the lock held."""
+        for segment in self.parts.give_up(mirror.number):
+            self.plan.release(segment)
+        self.changed.notify_all()
+
     def drop(self, mirror: Mirror, error: ClientError) -> None:
         """Say that a mirror is used no more. With the lock held."""
         mirror.dropped = error
+        self.give_up_coded(mirror)
         self.last_error = error
         if len(self.mirrors) > 1:
             self.session.notify(f"{mirror.address} is left out: {error}")

@@ -86,9 +86,13 @@ class Tuning:
     backlog, the chunks under way, and a little."""
     backlog: int = 48 * MIB
     """Verified bytes ahead of the SHA-256 at which receiving may pause, if the hash decides when the pull ends."""
-    coded_after_s: float = 0.25
-    """How long a near link is measured before it is decided whether chunks are fetched coded. 0: they always
-    are."""
+    coded_after_s: float = 0.5
+    """How long bytes come on a near link before it is decided whether chunks are fetched coded. 0: they always are."""
+    coded_part: int = 128 * KIB
+    """The smallest part of a coded chunk that a worker asks for; on a far link it is as much as comes in..."""
+    coded_part_rtts: float = 20.0
+    """...so many round trips, half of what a plain run has at the least: the shorter the parts, the fewer chunks are
+    under way at once and have to be decoded after the last byte."""
     sync_s: float = 2.0
     """How often the state file goes to the disk."""
     tick_s: float = 0.1

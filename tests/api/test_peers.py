@@ -11,7 +11,9 @@ import pytest
 
 from bzstream.chain.keys import Key, canonical_json, decode_signature, verify
 from bzstream.model import publish
+from bzstream.model.encode_units import encode_current
 from bzstream.model.store import Store
+from tests.coding.second_decoder import decode
 from tests.model import build
 from tests.nodes import TOKEN, Node, eventually, running_node
 
@@ -32,6 +34,7 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
         (folder / version / "tokenizer.json").write_text('{"of": "one and two"}')
         signer = Key.from_seed(bytes.fromhex(SEED))
         publish(folder / version, folder / "store", block=7, version=version, experts=EXPERTS, signer=signer)
+        assert encode_current(Store(folder / "store"), bases=1, signer=signer)
     with running_node(folder, environment={"BZ_NODE_WALLET": str(folder / "key")}) as node:
         yield node
 
@@ -90,6 +93,21 @@ def test_the_experts_of_no_group(peer: Node) -> None:
     assert verify(HOTKEY, canonical_json(manifest), signature)
     (units,) = [v["units"] for v in peer.get("/model", BEARER).json["versions"] if v["model_version"] == "two"]
     assert "ungrouped" in {unit["unit"] for unit in units}
+
+
+def test_the_experts_of_no_group_coded(peer: Node) -> None:
+    manifest = peer.get("/model/ungrouped/manifest?version=two", peer.as_validator()).json
+    plain = peer.get("/model/ungrouped?format=safetensors&version=two", peer.as_validator()).body
+    base = peer.get("/model/ungrouped?format=safetensors&version=one", peer.as_validator())
+    assert {coding["base"] for coding in manifest["codings"]} == {None, base.headers["X-Content-Hash"]}
+    for coding in manifest["codings"]:
+        path = f"/model/ungrouped/coded?version=two&coding={coding['name']}"
+        path += f"&base={coding['base']}" if coding["base"] else ""
+        sent = peer.get(path, peer.as_validator())
+        assert (sent.status, len(sent.body)) == (200, coding["size"])
+        assert decode(sent.body, manifest["size"], base.body if coding["base"] else None) == plain
+        refused = peer.get(path, peer.headers())
+        assert (refused.status, refused.json["code"]) == (403, "validators_only")
 
 
 def test_validators_only(peer: Node, node: Node) -> None:

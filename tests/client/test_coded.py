@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,6 +17,7 @@ from blake3 import blake3
 
 from bzstream.client import Progress, PullReport, Stopped, Tuning, fetch_tensors, pull
 from bzstream.client.coded import CodedChunks
+from bzstream.client.fetch_plan import FetchPlan, Segment
 from bzstream.client.manifest import Manifest, parse_manifest
 from bzstream.client.session import Session
 from bzstream.client.session_factory import unit_refs
@@ -222,7 +223,11 @@ def test_an_older_file_that_is_no_base_is_not_used_as_one(node: Node, tmp_path: 
     file.write_bytes(content)
     report = fetch(node, tmp_path).units[0]
     assert file.read_bytes() == unit_file(node.store)
-    assert report.fetched == coding_sizes(node.store)[False]
+    difference = next(coding for coding in manifest_of(node).codings if coding.base is not None)
+    hoped = max(length for _, length, _ in difference.chunks)  # one chunk, while the older file was being hashed
+    assert report.gained == report.size - coding_sizes(node.store)[False]
+    assert coding_sizes(node.store)[False] <= report.fetched <= coding_sizes(node.store)[False] + hoped
+    assert report.chunks_fetched_again == 0
 
 
 # The decision
@@ -261,19 +266,66 @@ def test_a_difference_is_taken_where_it_is_shorter(node: Node) -> None:
     assert other.share == alone.size / manifest.size
 
 
-def test_the_link_and_the_cores_decide(node: Node) -> None:
-    manifest = manifest_of(node)
-    coded = CodedChunks(manifest, Tuning(coded_after_s=1e-9), far=False, cores=2)
-    assert (coded.active, coded.undecided, coded.choose(0, 0)) == (False, True, None)
-    coded.update(12.5e6)
-    assert (coded.active, coded.undecided) == (True, False)
+def decided(coded: CodedChunks, rates: Sequence[float], *, began: float = 0.0, step: float = 0.1) -> list[bool]:
+    """Whether chunks are to be fetched coded after each `step` seconds, with their rates in bytes a second."""
+    fetched, found = 1, []
+    coded.update(fetched, began)
+    for number, rate in enumerate(rates, 1):
+        fetched += int(rate * step)
+        coded.update(fetched, began + number * step)
+        found.append(coded.active)
+    return found
+
+
+def test_a_slow_link_takes_coded_chunks_when_it_has_been_measured(node: Node) -> None:
+    coded = CodedChunks(manifest_of(node), Tuning(), far=False, cores=2)
+    found = decided(coded, [12.5e6] * 20)
+    assert not any(found[:4]), "half a second is not over"
+    assert all(found[6:])
     assert coded.choose(0, 0) is not None
-    coded.update(5e9)
-    assert not coded.active
-    assert CodedChunks(manifest, Tuning(), far=True, cores=2).active, "a far link is seldom fast"
-    undecided = CodedChunks(manifest, Tuning(coded_after_s=3600), far=False, cores=2)
-    undecided.update(1e6)
-    assert undecided.undecided
+    assert CodedChunks(manifest_of(node), Tuning(), far=True, cores=2).active, "a far link is seldom fast"
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        [2e6, 10e6, 30e6, *[300e6] * 30],  # connections that open slowly, on a busy machine
+        [0, 0, 300e6, 0, 0, 0] * 6,  # a machine that gives the two ends their turns seldom
+        [90e6] * 40,
+    ],
+)
+def test_a_fast_link_never_does(node: Node, rates: list[float]) -> None:
+    coded = CodedChunks(manifest_of(node), Tuning(), far=False, cores=2)
+    assert not any(decided(coded, rates))
+
+
+def test_between_the_two_it_stays_as_it_is(node: Node) -> None:
+    """90 MB/s uncoded is too much to begin, the same link's coded bytes are not too much to go on."""
+    coded = CodedChunks(manifest_of(node), Tuning(), far=False, cores=2)
+    assert decided(coded, [12.5e6] * 20)[-1]
+    assert all(decided(coded, [90e6] * 20, began=10.0))
+    assert not decided(coded, [900e6] * 20, began=20.0)[-1]
+
+
+def test_as_long_as_nothing_is_decided_runs_are_as_long_as_without_codings(
+    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goals: list[int] = []
+    take = FetchPlan.take
+
+    def noted(plan: FetchPlan, worker: int, goal: int, now: float) -> Segment | None:
+        goals.append(goal)
+        return take(plan, worker, goal, now)
+
+    monkeypatch.setattr(FetchPlan, "take", noted)
+    found = {}
+    for coding in ("off", "auto"):
+        goals.clear()
+        report = fetch(node, tmp_path / coding, connections=1, coding=coding, tuning=Tuning(coded_after_s=3600.0))
+        assert report.units[0].gained == 0
+        found[coding] = sorted(goals, reverse=True)[:2]
+    assert found["auto"] == found["off"]
+    assert min(found["auto"]) >= 8 << 20
 
 
 def test_codings_that_are_not_known_are_passed_over(node: Node) -> None:
@@ -282,4 +334,4 @@ def test_codings_that_are_not_known_are_passed_over(node: Node) -> None:
         coding["name"] = "later-7"
     manifest = parse_manifest(json.dumps(raw).encode(), unit_refs([0], shared=False, full=False)[0])
     coded = CodedChunks(manifest, AT_ONCE, far=True)
-    assert (coded.active, coded.undecided, coded.choose(0, 0), coded.share) == (False, False, None, 1.0)
+    assert (coded.active, coded.choose(0, 0), coded.share) == (False, None, 1.0)
