@@ -152,7 +152,7 @@ def targets(document: Mapping[str, Any], axes: Axes) -> bool:
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
     axes.minorticks_off()
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(xlabel="times as good as asked for (logarithmic)", title="Targets", ylim=(-0.7, len(judged) - 0.3))
+    axes.set(xlabel="times as good as the goal (logarithmic)", title="Goals", ylim=(-0.7, len(judged) - 0.3))
     return True
 
 

@@ -1,7 +1,7 @@
 """Results for people: a table on the terminal, and one in Markdown for the README.
 
 python -m bench.report results.json > table.md
-python -m bench.report results.json --targets     only the figures that something was asked of
+python -m bench.report results.json --targets     only the figures that have a goal
 python -m bench.report one.json two.json --json all.json --plots FOLDER     several runs joined, the later one counts
 """
 
@@ -21,7 +21,7 @@ from bench.rows import Outcome, Row, read_row
 
 __all__ = ["figure", "join", "markdown", "show", "verdict"]
 
-HEADINGS = ("figure", "of", "median", "spread", "against", "target", "")
+HEADINGS = ("figure", "of", "median", "spread", "against", "goal", "")
 
 
 def figure(value: float | None) -> str:
@@ -37,7 +37,7 @@ def figure(value: float | None) -> str:
 
 def verdict(row: Row) -> str:
     """Whether a target is met, in a word; nothing without one."""
-    return "" if row.met is None else "met" if row.met else "missed"
+    return "" if row.met is None else "met" if row.met else "not met"
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -57,7 +57,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def show(outcomes: Sequence[Outcome], titles: Mapping[str, str], console: Console) -> None:
     """One table a bench, and a sentence for each that is not there."""
-    colours = {"met": "[green]met[/]", "missed": "[red]missed[/]"}
+    colours = {"met": "[green]met[/]", "not met": "[red]not met[/]"}
     for outcome in outcomes:
         console.print(f"\n[bold]{titles.get(outcome.bench, outcome.bench)}[/] [dim]{outcome.seconds:.0f} s[/]")
         if outcome.status != "done":
