@@ -57,3 +57,9 @@ def test_no_link_is_dead(page: Path) -> None:
         if not path.exists() or (anchor and anchor not in known):
             dead.append(target)
     assert not dead
+
+
+def test_every_page_is_in_the_site_s_navigation() -> None:
+    named = re.findall(r"^ +- .+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    assert pages - set(named) == set(), "a page of docs/ that `nav` in mkdocs.yml does not list"
