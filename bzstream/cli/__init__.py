@@ -96,7 +96,7 @@ class _Command(TyperCommand):
         return [*found[:-1], *shown, found[-1]]
 
 
-def _begin(version: _Version = False) -> None:
+def _begin(show_version: _Version = False) -> None:  # not `version`, which is an argument of `use`
     """Collect garbage from here on, and not among what was loaded to get here: all that stays."""
     gc.freeze()
     gc.enable()
