@@ -10,6 +10,7 @@ from bzstream.client.axon import find_axon
 from bzstream.client.errors import *  # noqa: F403
 from bzstream.client.errors import __all__ as __all__
 from bzstream.client.measure import LinkReport, Sweep, measure
+from bzstream.client.node_info import NodeInfo, UnitInfo, VersionInfo, info
 from bzstream.client.progress import Progress, PullReport, UnitReport
 from bzstream.client.pull import pull
 from bzstream.client.submit import SubmissionReport, SubmissionStatus, follow, submit
@@ -17,6 +18,7 @@ from bzstream.client.tensors import fetch_tensors
 from bzstream.client.tuning import Tuning
 
 __all__ += (
-    "LinkReport", "Progress", "PullReport", "SubmissionReport", "SubmissionStatus", "Sweep", "Tuning", "UnitReport",
-    "fetch_tensors", "fetch_tensors_async", "find_axon", "follow", "measure", "pull", "pull_async", "submit",
+    "LinkReport", "NodeInfo", "Progress", "PullReport", "SubmissionReport", "SubmissionStatus", "Sweep", "Tuning",
+    "UnitInfo", "UnitReport", "VersionInfo", "fetch_tensors", "fetch_tensors_async", "find_axon", "follow", "info",
+    "measure", "pull", "pull_async", "submit",
 )  # fmt: skip

@@ -20,7 +20,7 @@ from bzstream.client.errors import (
 )
 from bzstream.httpclient import ResponseHead
 
-__all__ = ["BUSY", "redirect_error", "refusal"]
+__all__ = ["BUSY", "printable", "redirect_error", "refusal"]
 
 _SECONDS = re.compile(r"[0-9]{1,9}", re.ASCII)
 BUSY = frozenset({408, 429, 500, 502, 503, 504})
@@ -46,12 +46,12 @@ def refusal(
         return ProtocolViolation(f"the proxy on the way to {address} wants a user and password; put them into its URL")
     try:
         problem = msgspec.json.decode(document, type=_Problem)
-        code, said, submission_id = problem.code[:64], _printable(problem.detail), problem.submission_id[:64]
+        code, said, submission_id = problem.code[:64], printable(problem.detail), problem.submission_id[:64]
         tail = f" (it says: {said})" if said else ""
     except (msgspec.MsgspecError, UnicodeDecodeError):
         # Every error of a node is JSON with a code, so that somebody else answered.
         code = said = submission_id = ""
-        kind = _printable(head.get("content-type") or "no type")
+        kind = printable(head.get("content-type") or "no type")
         tail = f" (the answer, {kind}, is not a bzstream node's; a proxy or firewall on the way may have sent it)"
     if status in busy:
         what_happened = "is busy or not ready" if status in (429, 503) else f"failed (status {status})"
@@ -69,14 +69,14 @@ def refusal(
 
 def redirect_error(head: ResponseHead, address: Address) -> ProtocolViolation:
     """A redirect, with where it leads."""
-    where = _printable(head.get("location") or "")
+    where = printable(head.get("location") or "")
     return ProtocolViolation(
         f"{address} redirects {f'to {where}' if where else 'elsewhere'}, which is not followed as the token would go "
         "there too; give the right URL"
     )
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Words of a server for a person: no control characters (a terminal would obey them), no pages of text."""
     return "".join(character for character in text[:300] if character.isprintable())
 

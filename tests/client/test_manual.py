@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -50,6 +51,25 @@ def test_the_pull_of_the_manual(served: Node, tmp_path: Path) -> None:
     whole = served.get(UNIT, {**served.headers(0), "X-Hotkey": HOTKEY}).body
     assert (tmp_path / "model" / "group-0.safetensors").read_bytes() == whole
     assert (tmp_path / "model" / "shared.safetensors").is_file()
+
+
+def test_the_info_of_the_manual(served: Node, tmp_path: Path) -> None:
+    done = bash(commands("bzstream info"), tmp_path, served)
+    assert (done.returncode, done.stderr) == (0, "")
+    for words in ("healthy", f"block {BLOCK}", "train", f"{VERSION} (current)", "group 3", "shared"):
+        assert words in done.stdout
+    command = [sys.executable, "-m", "bzstream", "info", "--json"]
+    environment = {**os.environ, "BZ_AUTH_TOKEN": served.token, "BZSTREAM_URL": served.url}
+    said = json.loads(subprocess.run(command, env=environment, capture_output=True, check=True, timeout=60).stdout)
+    (version,) = said["versions"]
+    (unit,) = [unit for unit in version["units"] if unit["expert_group"] == 0]
+    whole = served.get(UNIT, {**served.headers(0), "X-Hotkey": HOTKEY}).body
+    assert (unit["size"], unit["content_hash"]) == (len(whole), f"sha256:{hashlib.sha256(whole).hexdigest()}")
+    wrong = subprocess.run(
+        command, env={**environment, "BZ_AUTH_TOKEN": "x" * 32}, capture_output=True, text=True, timeout=60
+    )
+    assert (wrong.returncode, wrong.stdout, wrong.stderr.count("\n")) == (1, "", 1)
+    assert "BZ_AUTH_TOKEN" in wrong.stderr
 
 
 def test_the_python_of_the_readme(served: Node, tmp_path: Path) -> None:
