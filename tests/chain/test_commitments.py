@@ -33,7 +33,9 @@ def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BTCLI_TOKEN_SYMBOLS_CACHE", str(tmp_path / "symbols.json"))
 
 
-def commit(place: Path, node: FakeNode, seed: bytes, content: bytes) -> dict[str, object]:
+def commit(
+    place: Path, node: FakeNode, seed: bytes, content: bytes, *, warned: bool | None = None
+) -> dict[str, object]:
     """Run the command; what it printed."""
     key, checkpoint = place / seed.hex()[:8], place / "checkpoint"
     key.write_text(seed.hex())
@@ -43,7 +45,9 @@ def commit(place: Path, node: FakeNode, seed: bytes, content: bytes) -> dict[str
     if isinstance(result.exception, BzstreamError):
         raise result.exception
     assert result.exit_code == 0, result.output
-    printed: dict[str, object] = json.loads(result.output)
+    if warned is not None:
+        assert ("is not in the commit phase" in result.stderr) is warned
+    printed: dict[str, object] = json.loads(result.stdout)
     return printed
 
 
@@ -103,6 +107,25 @@ async def test_what_stands_at_the_end_of_the_commit_phase_counts(tmp_path: Path)
         ledger.close()
     assert seen.written == [RoundCommitments(ROUND, {MINER.ss58_address: Commitment(texts[2], LAST)})]
     assert stale.ss58_address not in seen.written[0].by_hotkey
+
+
+@pytest.mark.parametrize(("block", "phases", "warned"), [
+    (FIRST, "", False), (LAST, "", False), (FIRST - 1, "", True), (LAST + 1, "", True),
+    (LAST + 1, '[["distribute", 20, "distribute"], ["commit", 400, "commit"], ["submit", 5, "submit"]]', False),
+    (LAST + 1, '[["distribute", 20, "distribute"], ["submit", 5, "submit"]]', True),
+])  # fmt: skip
+@in_loop
+async def test_a_commitment_outside_the_commit_phase_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    block: int, phases: str, warned: bool,
+) -> None:  # fmt: skip
+    if phases:
+        monkeypatch.setenv("BZ_CHAIN_PHASES", phases)
+    async with FakeNode(block=FIRST - 10) as node:
+        running = asyncio.create_task(asyncio.to_thread(commit, tmp_path, node, b"m" * 32, b"x", warned=warned))
+        await node.until(lambda: bool(node.chain.pool))
+        await node.mine(block)
+        assert (await running)["block"] == block
 
 
 @in_loop
