@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chain": {"config", "errors", "util"},
     "submissions": {"chain", "config", "errors", "util"},
     "swarm": FOUNDATION | {"chain", "httpclient", "model"},
-    "client": FOUNDATION | {"chain", "coding", "httpclient"},
+    # A follower writes what it fetched into a store: `sync` brings a snapshot into force as publishing does.
+    "client": FOUNDATION | {"chain", "coding", "httpclient", "model"},
     "evaluation": FOUNDATION | {"chain", "httpclient", "model", "submissions"},
     "dashboard": FOUNDATION | {"chain", "http", "submissions"},
     "api": FOUNDATION | {"chain", "dashboard", "http", "model", "submissions"},

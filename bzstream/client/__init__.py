@@ -1,6 +1,7 @@
-"""The miner's and the peer's side: pull units, fetch tensors, submit a checkpoint, measure a link.
+"""The miner's and the peer's side: pull units, fetch tensors, submit a checkpoint, measure a link, sync a store.
 
-May import `httpclient`, `chain` (keys and proofs) and the foundation (tensorfile, errors, util).
+May import `httpclient`, `chain` (keys and proofs), the foundation (tensorfile, errors, util) and, for `client.sync`
+alone, which is not imported here, `model`.
 """
 
 from __future__ import annotations

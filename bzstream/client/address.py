@@ -59,20 +59,22 @@ def parse_address(url: str) -> Address:
 
 
 class UnitRef(NamedTuple):
-    """One downloadable unit: a group's slice (`partial`), the `shared` tensors or the `full` model."""
+    """One downloadable unit: a group's slice (`partial`), the `shared` tensors, the `ungrouped` experts (those of no
+    group) or the `full` model."""
 
-    kind: Literal["partial", "shared", "full"]
+    kind: Literal["partial", "shared", "ungrouped", "full"]
     group: int | None = None
 
     @property
     def file_name(self) -> str:
         """Name of the finished file."""
-        return {"partial": f"group-{self.group}", "shared": "shared", "full": "model"}[self.kind] + ".safetensors"
+        names = {"partial": f"group-{self.group}", "full": "model"}
+        return names.get(self.kind, self.kind) + ".safetensors"
 
     @property
     def label(self) -> str:
         """For a person."""
-        return {"partial": f"group {self.group}", "shared": "shared", "full": "full model"}[self.kind]
+        return {"partial": f"group {self.group}", "full": "full model"}.get(self.kind, self.kind)
 
     @property
     def headers(self) -> list[tuple[str, str]]:

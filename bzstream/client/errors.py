@@ -13,7 +13,7 @@ from bzstream.httpclient.errors import ClientError, TransientError
 from bzstream.httpclient.errors import __all__ as __all__
 
 __all__ += (
-    "AxonNotFound", "BadManifest", "BadSignature", "BadUrl", "Busy", "DiskError", "FolderBusy", "Forbidden", "NotFound",
+    "AxonNotFound", "BadManifest", "BadSignature", "BadSnapshot", "BadUrl", "Busy", "DiskError", "FolderBusy", "Forbidden", "NotFound",
     "Refused", "Stopped", "Unauthorized", "UsageError", "VersionChanged", "WrongHash",
 )  # fmt: skip
 
@@ -48,6 +48,10 @@ class BadManifest(ClientError):
 
 class BadSignature(ClientError):
     """A manifest is not signed by the validator that it should come from."""
+
+
+class BadSnapshot(ClientError):
+    """A peer's description of its snapshot is malformed, contradicts the units, or is an old one offered as new."""
 
 
 class WrongHash(ClientError):

@@ -20,7 +20,7 @@ from bzstream.client.errors import BadManifest, BadSignature
 from bzstream.errors import BzstreamError
 from bzstream.util.strict_json import JsonError, parse_json_object
 
-__all__ = ["Coding", "Manifest", "parse_manifest"]
+__all__ = ["Coding", "Manifest", "check_signature", "parse_manifest"]
 
 _CONTENT_HASH = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 _CODING_NAME = re.compile(r"[a-z][a-z0-9.-]{0,63}", re.ASCII)
@@ -114,7 +114,7 @@ def parse_manifest(raw: bytes, unit: UnitRef, *, version: str | None = None, sig
     wrong = _contradiction(document, unit, version)
     if wrong:
         raise BadManifest(f"the manifest of {unit.label} cannot be right: {wrong}")
-    _check_signature(plain, document, unit, signer)
+    check_signature(plain, f"the manifest of {unit.label}", signer)
     return Manifest(
         unit=unit,
         version=document.model_version,
@@ -188,21 +188,25 @@ def _contradiction(document: _Document, unit: UnitRef, version: str | None) -> s
     return None
 
 
-def _check_signature(plain: dict[str, Any], document: _Document, unit: UnitRef, signer: str | None) -> None:
-    """A signature that is there must be good, asked for or not; one that is asked for must be there."""
-    hotkey, signature = document.validator_hotkey, document.signature
+def check_signature(plain: dict[str, Any], what: str, signer: str | None) -> None:
+    """Check the `signature` by `validator_hotkey` over the other members of a document, which is called `what`.
+
+    A signature that is there must be good, asked for or not; one by `signer` (SS58), if given, must be there. The types
+    of both members were checked before. Raises BadSignature.
+    """
+    hotkey, signature = plain["validator_hotkey"], plain["signature"]
     if signature is None:
         if signer is not None:
-            raise BadSignature(f"the manifest of {unit.label} is not signed; {signer} should have signed it")
+            raise BadSignature(f"{what} is not signed; {signer} should have signed it")
         return
     if signer is not None and hotkey != signer:
-        raise BadSignature(f"the manifest of {unit.label} is signed by {hotkey}, not by {signer}")
+        raise BadSignature(f"{what} is signed by {hotkey}, not by {signer}")
     if hotkey is None:
-        raise BadSignature(f"the manifest of {unit.label} is signed by nobody")
+        raise BadSignature(f"{what} is signed by nobody")
     try:
         message = canonical_json({name: value for name, value in plain.items() if name != "signature"})
         good = verify(hotkey, message, decode_signature(signature))
     except (InvalidSignature, BzstreamError):
         good = False
     if not good:
-        raise BadSignature(f"the signature of the manifest of {unit.label} is not by {hotkey} over this manifest")
+        raise BadSignature(f"the signature of {what} is not by {hotkey} over what it says")

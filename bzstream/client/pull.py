@@ -32,7 +32,7 @@ from bzstream.client.streaming_sha256 import StreamingSha256
 from bzstream.client.transfer import Transfer, wrong_file_hash
 from bzstream.client.tuning import Tuning
 
-__all__ = ["Coding", "Verify", "pull"]
+__all__ = ["Coding", "Puller", "Verify", "pull"]
 
 Verify = Literal["sha256", "blake3", "none"]
 Coding = Literal["auto", "off"]
@@ -85,7 +85,7 @@ def pull(
     session = open_session(url, options, tuning or Tuning(), notify, claim_needed=any(w.kind != "full" for w in units))
     if on_open is not None:
         on_open(session)
-    puller = _Puller(session, folder, options, verify, coding, progress or (lambda _: None))
+    puller = Puller(session, folder, options, verify, coding, progress or (lambda _: None))
     try:
         choose_receiver(session)
         if dry_run:
@@ -96,8 +96,8 @@ def pull(
         session.close()
 
 
-class _Puller:
-    """What all units of one call share."""
+class Puller:
+    """Fetches units into one folder, with what all units of one call share."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class _Puller:
                         f"(chunks that did not change since {previous.version} are kept)"
                     )
             try:
-                report = self._attempt(manifest)
+                report = self.pull_manifest(manifest)
             except VersionChanged as moved:
                 fetched += moved.fetched
                 previous = manifest
@@ -180,7 +180,8 @@ class _Puller:
                 present += sum(manifest.chunk_length(index) for index, byte in enumerate(journal.done) if byte)
         return unit_report(manifest, path=files.final, fetched=manifest.size - present)
 
-    def _attempt(self, manifest: Manifest) -> UnitReport:
+    def pull_manifest(self, manifest: Manifest) -> UnitReport:
+        """Fetch what exactly this manifest describes. Raises VersionChanged when no server has it any more."""
         files = UnitFiles(self.folder, manifest.unit.file_name)
         with contextlib.ExitStack() as stack:
             old = self._old_file(files.final, manifest)

@@ -11,12 +11,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from bzstream.client.address import Address, UnitRef
 from bzstream.client.credentials import Credentials
 from bzstream.client.errors import (
     BadManifest,
     BadSignature,
+    BadSnapshot,
     ClientError,
     ProtocolViolation,
     Refused,
@@ -40,6 +42,8 @@ from bzstream.httpclient import (
 from bzstream.util.backoff import backoff
 
 __all__ = ["Session"]
+
+T = TypeVar("T")
 
 CA_VARIABLES = ("CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
 """Certificates that other clients on the machine trust; OpenSSL itself honours SSL_CERT_FILE and SSL_CERT_DIR."""
@@ -215,6 +219,13 @@ class Session:
 
     def manifest(self, unit: UnitRef, version: str | None, signer: str | None) -> Manifest:
         """The unit's manifest from the first mirror that gives one. Raises the first mirror's error when none does."""
+        return self.ask_mirrors(lambda mirror: self.manifest_from(mirror, unit, version, signer))
+
+    def ask_mirrors(self, read: Callable[[Mirror], T]) -> T:
+        """What `read` returns for the first mirror for which it raises nothing, tried again while errors may pass.
+
+        Raises the first mirror's error when none is left. One whose answer cannot be used is left out from then on.
+        """
         began = time.monotonic()
         failures = 0
         while True:
@@ -224,11 +235,11 @@ class Session:
                     first = first or mirror.dropped
                     continue
                 try:
-                    return self._manifest_from(mirror, unit, version, signer)
+                    return read(mirror)
                 except Stopped:
                     raise
                 except ClientError as error:
-                    final = isinstance(error, Refused | BadManifest | BadSignature | ProtocolViolation)
+                    final = isinstance(error, Refused | BadManifest | BadSignature | BadSnapshot | ProtocolViolation)
                     if final and len(self.mirrors) > 1:
                         mirror.dropped = error
                         self.notify(f"{mirror.address} is left out: {error}")
@@ -246,7 +257,8 @@ class Session:
             self.stopping.wait(wait)
             self.raise_if_stopped()
 
-    def _manifest_from(self, mirror: Mirror, unit: UnitRef, version: str | None, signer: str | None) -> Manifest:
+    def manifest_from(self, mirror: Mirror, unit: UnitRef, version: str | None, signer: str | None) -> Manifest:
+        """The unit's manifest as this mirror has it. Raises BadManifest, BadSignature and what `refusal` says."""
         target = unit.target(version, manifest=True)
         head, data = self.document(mirror, "GET", target, unit.headers, limit=self.tuning.max_manifest)
         if head.status != 200:

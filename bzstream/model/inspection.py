@@ -28,7 +28,7 @@ from bzstream.tensorfile import Head, TensorFileError, read_head
 from bzstream.util.files import hash_file
 from bzstream.util.strict_json import JsonError, parse_json_object
 
-__all__ = ["FileReport", "Finding", "StoreReport", "inspect_file", "inspect_store", "verify_store"]
+__all__ = ["FileReport", "Finding", "StoreReport", "digest_view", "inspect_file", "inspect_store", "verify_store"]
 
 MAX_INSPECTED_HEAD = 32 * 1024 * 1024
 """Bytes of JSON in the head of a file to inspect: a full model with 200,000 tensors."""
@@ -196,6 +196,16 @@ def _verify_file(
 
 def _verify_view(store: Store, record: SnapshotRecord, findings: list[Finding], seen: Callable[[int], None]) -> None:
     """Hash the full model as it would be sent."""
+    try:
+        problem = _differs(record.units[-1], digest_view(store.folder(record.version), record, seen))
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+    if problem:
+        findings.append(Finding(record.version, "full", problem))
+
+
+def digest_view(folder: Path, record: SnapshotRecord, seen: Callable[[int], None]) -> Digest:
+    """Both hashes of the full model as it would be sent from the unit files in `folder`. Raises OSError."""
 
     def blocks(files: list[FileIO]) -> Iterator[memoryview]:
         parts = (read_blocks(files[index].fileno(), offset, length) for index, offset, length in record.view)
@@ -203,15 +213,9 @@ def _verify_view(store: Store, record: SnapshotRecord, findings: list[Finding], 
             yield block
             seen(len(block))
 
-    try:
-        with ExitStack() as cleanup:
-            names = [store.folder(record.version) / unit.file for unit in record.units if unit.file is not None]
-            digest = digest_blocks(blocks([cleanup.enter_context(name.open("rb", buffering=0)) for name in names]))
-        problem = _differs(record.units[-1], digest)
-    except OSError as error:
-        problem = f"cannot be read: {error.strerror}"
-    if problem:
-        findings.append(Finding(record.version, "full", problem))
+    with ExitStack() as cleanup:
+        names = [folder / unit.file for unit in record.units if unit.file is not None]
+        return digest_blocks(blocks([cleanup.enter_context(name.open("rb", buffering=0)) for name in names]))
 
 
 def _differs(unit: UnitRecord, digest: Digest) -> str | None:

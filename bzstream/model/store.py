@@ -7,6 +7,7 @@
     STORE/current -> snapshots/<version>     what is served
     STORE/pinned                             versions that are not to be retired yet, one a line
     STORE/snapshots/.old-<version>/          a snapshot being deleted
+    STORE/incoming/, STORE/peers.json        `client.sync`'s: an unfinished snapshot, and how new peers' last ones were
 
 Publishing writes `.new-V`, syncs everything, makes the symlink `.current-V`, renames `.new-V` to `V`, and renames
 `.current-V` over `current`: that rename is the moment of publication. Every name that begins with a dot is unfinished
