@@ -132,7 +132,7 @@ def described(node: Node) -> dict[str, Any]:
 
 def test_the_same_version_has_the_same_hashes_and_is_served(peer: Peer, sync_quickly: Syncer, tmp_path: Path) -> None:
     folder = tmp_path / "follower"
-    folder.mkdir()
+    (folder / "store").mkdir(parents=True)
     with running_node(folder, wait=False) as follower:
         eventually(lambda: answers(follower), "it listens")
         report = sync_quickly(store=folder / "store")
