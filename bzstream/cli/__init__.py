@@ -28,8 +28,8 @@ from bzstream.errors import BzstreamError
 __all__ = ["command_line", "main"]
 
 COMMANDS = (
-    "publish", "inspect", "versions", "use", "remove", "sign", "backup", "serve", "info", "pull", "sync", "commit", "submit",
-    "bench", "evaluate", "weights", "settings", "demo",
+    "publish", "inspect", "versions", "use", "remove", "sign", "backup", "serve", "info", "pull", "sync", "commit",
+    "submit", "bench", "evaluate", "weights", "settings", "demo",
 )  # fmt: skip
 """In the order of a subnet's day: the file `cli/<name>.py` holds the function `<name>`."""
 

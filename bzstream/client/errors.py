@@ -13,8 +13,8 @@ from bzstream.httpclient.errors import ClientError, TransientError
 from bzstream.httpclient.errors import __all__ as __all__
 
 __all__ += (
-    "AxonNotFound", "BadManifest", "BadSignature", "BadSnapshot", "BadUrl", "Busy", "DiskError", "FolderBusy", "Forbidden", "NotFound",
-    "Refused", "Stopped", "Unauthorized", "UsageError", "VersionChanged", "WrongHash",
+    "AxonNotFound", "BadManifest", "BadSignature", "BadSnapshot", "BadUrl", "Busy", "DiskError", "FolderBusy",
+    "Forbidden", "NotFound", "Refused", "Stopped", "Unauthorized", "UsageError", "VersionChanged", "WrongHash",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ where the next call goes on from. Called by the command in its main thread.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import time
@@ -153,6 +154,8 @@ def follow_peer(
 @contextlib.contextmanager
 def _session(url: str | Sequence[str], options: SyncOptions, version: str | None) -> Iterator[Session]:
     given = _options(options, version)
+    if given.hotkey is None and given.key is None:
+        raise UsageError("the peer has to know who asks: give --hotkey, which your token is bound to, or --key")
     tuning = options.get("tuning") or Tuning()
     session = open_session(url, given, tuning, options.get("notify"), claim_needed=True)
     try:
@@ -223,11 +226,12 @@ class _Sync:
         return replace(report, seconds=time.monotonic() - began)
 
     def _newest(self) -> SyncReport:
-        """Fetch what the peer shows; when it moves on meanwhile, what it shows then."""
+        """Fetch what the peer shows; when it moves on meanwhile, what it shows then; after a lie, ask the next."""
         for _ in range(MOST_MOVES):
-            found, address = self._session.ask_mirrors(self._describe)
+            before = [(mirror, mirror.dropped) for mirror in self._session.mirrors]
+            found, source = self._session.ask_mirrors(self._describe)
             try:
-                report = self._take(found, address)
+                report = self._take(found, str(source.address))
             except (VersionChanged, NotFound) as error:
                 self._session.readmit_changed()
                 gone = isinstance(error, VersionChanged) or _newest_version(self._session) != found.version
@@ -235,14 +239,20 @@ class _Sync:
                     raise
                 self._session.notify(f"the peer no longer has {found.version}; starting its next version")
                 continue
-            except LIES:
+            except LIES as error:
                 self._clear()
-                raise
+                if not any(mirror is not source and dropped is None for mirror, dropped in before):
+                    raise
+                # All that disagreed with a peer that lied may be right: only this one is left out.
+                for mirror, dropped in before:
+                    mirror.dropped = error if mirror is source else dropped
+                self._session.notify(f"{source.address} is left out: {error}")
+                continue
             self._clear()
             return report
         raise VersionChanged("the peer makes new versions current faster than they can be fetched")
 
-    def _describe(self, mirror: Mirror) -> tuple[PeerSnapshot, str]:
+    def _describe(self, mirror: Mirror) -> tuple[PeerSnapshot, Mirror]:
         """What a peer says that it holds. Raises BadSnapshot also for an old snapshot that it shows as its newest."""
         version = self._options.version
         target = "/model/snapshot" + (f"?version={version}" if version is not None else "")
@@ -252,7 +262,7 @@ class _Sync:
         found = parse_snapshot(data, version=version, signer=self._options.validator_hotkey)
         if version is None:
             self._peers.check(found, str(mirror.address))
-        return found, str(mirror.address)
+        return found, mirror
 
     def _take(self, found: PeerSnapshot, address: str) -> SyncReport:
         report = SyncReport(found.version, found.block, found.sequence, False, 0, 0, 0.0, found.hotkey)
@@ -310,8 +320,9 @@ class _Sync:
             return False
         record = read_record(self._store.folder(found.version))
         own = {unit.label: (unit.size, unit.content_hash) for unit in record.units}
-        sizes = {file.name: file.size for file in record.files}
-        if (record.block, own, sizes) != (found.block, found.units, {n: len(c) for n, c in found.files.items()}):
+        files = {file.name: file.sha256 for file in record.files}
+        theirs = {name: hashlib.sha256(content).hexdigest() for name, content in found.files.items()}
+        if (record.block, own, files) != (found.block, found.units, theirs):
             raise BadSnapshot(
                 f"the peer's version {found.version} is not the one that {self._store.path} has under that name; "
                 "versions never change, so that one of the two validators has to publish under another name"
@@ -322,11 +333,13 @@ class _Sync:
         """The manifest of a unit, which must be the one that the snapshot names."""
         kind, _, group = label.partition("/")
         unit = UnitRef(kind, int(group) if group else None)  # type: ignore[arg-type]  # one of the plan's labels
+        if label not in found.units:
+            raise BadSnapshot(f"the peer's snapshot does not name its {unit.label}")
 
         def read(mirror: Mirror) -> Manifest:
             manifest = self._session.manifest_from(mirror, unit, found.version, self._options.validator_hotkey)
             told = (manifest.size, manifest.content_hash, manifest.block)
-            if label not in found.units or told != (*found.units[label], found.block):
+            if told != (*found.units[label], found.block):
                 raise BadSnapshot(f"{mirror.address} has a manifest of {unit.label} that its snapshot does not name")
             if manifest.chunk_size != CHUNK:
                 raise BadSnapshot(f"the chunks of {mirror.address} have {manifest.chunk_size} bytes, not {CHUNK}")

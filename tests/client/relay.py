@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 from collections.abc import Callable
+from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -18,11 +19,15 @@ class Relay:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
+            def handle(self) -> None:
+                with suppress(OSError):  # a client may go at any time
+                    super().handle()
+
             def do_GET(self) -> None:
-                node = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-                node.request("GET", self.path, headers=dict(self.headers))
-                response = node.getresponse()
-                body = relay.change(self.path, response.read())
+                with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as node:
+                    node.request("GET", self.path, headers=dict(self.headers))
+                    response = node.getresponse()
+                    body = relay.change(self.path, response.read())
                 self.send_response_only(response.status)
                 for name, value in response.getheaders():
                     if name.lower() not in ("content-length", "connection"):
@@ -30,7 +35,6 @@ class Relay:
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
-                node.close()
 
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002  the library's name
                 pass

@@ -38,6 +38,9 @@ LAYERS = 4
 EXPERTS = {0: dict.fromkeys(range(LAYERS), (0, 1)), 1: dict.fromkeys(range(LAYERS), (5, 3))}
 SPECS = build.fused(layers=LAYERS, experts=8, hidden=512, inner=512)
 CHUNK = 8 << 20
+TAKEN_OVER = 2 << 20
+"""Bytes of a unit that may come twice: when an idle connection takes over the rest of another's range, what is under
+way there is lost. Measured: 0.15 to 0.65 MB, for units of 12 MB as for units of 100 MB: it does not grow with them."""
 MANUAL = Path(__file__).parents[2] / "docs" / "operator.md"
 
 
@@ -48,17 +51,18 @@ def versions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = build.contents(SPECS)
     build.write_checkpoint(folder / "one", SPECS, data)
     (folder / "one" / "tokenizer.json").write_text('{"of": "all"}')
-    for version, layers in (("two", range(LAYERS)), ("three", [LAYERS - 1])):
+    everything = [(layer, part) for layer in range(LAYERS) for part in ("gate_up_proj", "down_proj")]
+    # down_proj is the smaller, so that it lies in the last chunk of the group's file.
+    for version, parts in (("two", everything), ("three", everything[-1:])):
         data = dict(data)
-        for layer in layers:
-            for part in ("gate_up_proj", "down_proj"):
-                name = f"model.language_model.layers.{layer}.mlp.experts.{part}"
-                changed = bytearray(data[name])
-                row = len(changed) // 8
-                for expert in (5, 3) if version == "two" else (3,):
-                    length = row if version == "two" else 64
-                    changed[expert * row : expert * row + length] = random.Random(expert).randbytes(length)
-                data[name] = bytes(changed)
+        for layer, part in parts:
+            name = f"model.language_model.layers.{layer}.mlp.experts.{part}"
+            changed = bytearray(data[name])
+            row = len(changed) // 8
+            for expert in (5, 3) if version == "two" else (3,):
+                length = row if version == "two" else 64
+                changed[expert * row : expert * row + length] = random.Random(f"{version} {expert}").randbytes(length)
+            data[name] = bytes(changed)
         build.write_checkpoint(folder / version, SPECS, data)
         (folder / version / "tokenizer.json").write_text('{"of": "all"}')
     return folder
@@ -89,7 +93,8 @@ def peer(tmp_path: Path, versions: Path) -> Iterator[Peer]:
     folder.mkdir()
     (folder / "key").write_text("77" * 32)
     publish(versions / "one", folder / "store", block=7, version="one", experts=EXPERTS, signer=SIGNER)
-    with running_node(folder, environment={"BZ_NODE_WALLET": str(folder / "key")}) as node:
+    environment = {"BZ_NODE_WALLET": str(folder / "key"), "BZ_NODE_HOTKEY": SIGNER.ss58_address}
+    with running_node(folder, environment=environment) as node:
         yield Peer(node, versions)
 
 
@@ -155,17 +160,16 @@ def test_only_what_changed_crosses_the_wire(peer: Peer, sync_quickly: Syncer, tm
     group = (tmp_path / "store/current/group-1.safetensors").stat().st_size
     assert group > CHUNK * 1.4
 
-    def cost(version: str) -> int:
+    def cost(version: str, **options: Any) -> int:
         peer.publish(version)
         before = proxy.down
-        # What one connection takes over from another is under way there, too: half a megabyte, whatever the size.
-        report = sync_quickly(proxy.url, connections=1)
+        report = sync_quickly(proxy.url, **options)
         assert (report.version, report.changed) == (version, True)
         assert [unit.label for unit in report.units] == ["group 1"]
         return proxy.down - before
 
-    assert cost("two") <= 1.02 * group
-    assert cost("three") <= 1.02 * min(CHUNK, group - CHUNK)
+    assert cost("two") <= 1.02 * group + TAKEN_OVER
+    assert cost("three", connections=1) <= 1.02 * (group - CHUNK)
     proxy.close()
     assert verify_store(tmp_path / "store").findings == ()
     for name in ("group-0", "shared", "ungrouped"):
@@ -258,9 +262,8 @@ def test_a_lying_peer_is_found_out_and_leaves_the_store_unchanged(
         sync_quickly(liar.url)
     assert held(tmp_path / "store") == before
     # Beside an honest one it does no harm.
-    if lie not in ("another expert map",):
-        assert sync_quickly([liar.url, peer.node.url]).version == "two"
-        assert verify_store(tmp_path / "store").findings == ()
+    assert sync_quickly([liar.url, peer.node.url]).version == "two"
+    assert verify_store(tmp_path / "store").findings == ()
     liar.close()
 
 
