@@ -12,16 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bzstream.client import (
-    BadManifest,
-    BadUrl,
-    UnitRef,
-    Unreachable,
-    UsageError,
-    measure,
-    parse_address,
-    parse_manifest,
-)
+from bzstream.client import BadManifest, BadUrl, Unreachable, UsageError, measure
+from bzstream.client.address import UnitRef, parse_address
+from bzstream.client.manifest import parse_manifest
 from bzstream.client.progress import RateMeter
 from tests.client.conftest import QUICK, Puller, noise
 from tests.client.node import HOTKEY, TOKEN, Node, Seen, Unit
