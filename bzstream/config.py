@@ -291,6 +291,15 @@ class EvaluationSettings(_Section, frozen=True):
     two runs over different batches of one text differ by 0.7, a copy with noise in bfloat16's last bit by 0.1."""
 
 
+class ScoringSettings(_Section, frozen=True):
+    """`[scoring]`: what submissions earn (docs/scoring.md)."""
+
+    independent_share: Annotated[float, Meta(ge=0, le=1)] = 0.25
+    """Part of what new work would earn alone that it earns at least, when others have added the same before it. At 0
+    most honest miners who come later earn nothing; at 1 every hotkey of somebody who can make work that looks new at
+    little cost is paid like an honest miner. Lower it where hotkeys are cheap."""
+
+
 class LogSettings(_Section, frozen=True):
     """`[log]`: the lines on standard error."""
 
@@ -321,6 +330,7 @@ class Settings(_Section, frozen=True):
     submit: SubmitSettings = SubmitSettings()
     ledger: LedgerSettings = LedgerSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    scoring: ScoringSettings = ScoringSettings()
     log: LogSettings = LogSettings()
     metrics: MetricsSettings = MetricsSettings()
 

@@ -217,6 +217,9 @@ class ScoreRow(Struct, frozen=True):
     status: Status
     reason: str | None
     score: float | None
+    """The own improvement, nats a token."""
+    pay: float | None
+    """What it contributes, in the same unit; null until its group is settled."""
 
 
 class ScoresBody(Struct, frozen=True):

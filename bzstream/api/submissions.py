@@ -106,7 +106,10 @@ class Submissions:
         found = await self._ask(lambda ledger: ledger.scores(round_))
         if found is None:
             raise HttpError(404, "unknown_round", "there is no round with results yet, or none of this number")
-        rows = [ScoreRow(r.hotkey, r.expert_group, r.submission_id, r.status, r.reason, r.score) for r in found.results]
+        rows = [
+            ScoreRow(r.hotkey, r.expert_group, r.submission_id, r.status, r.reason, r.score, r.pay)
+            for r in found.results
+        ]
         return Response.json(ScoresBody(found.round, found.model_version, rows), headers=_NO_STORE)
 
     async def _ask(self, question: Callable[[AsyncLedger], Awaitable[T]]) -> T:

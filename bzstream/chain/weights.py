@@ -1,8 +1,10 @@
 """From a round's scores to the validator's weights: one documented rule, pure functions over plain values.
 
-    1. Only submissions that were scored above zero count. The best `top_k` share the round; of equal scores the one
-       with precedence is the better. Each gets its score's part of the sum (`weights_of`).
-    2. `burn_rate` of the round goes to the burn target; all of it when nobody scored above zero (`with_burn`).
+    1. What a submission is worth is its pay: what it adds to the submissions before it in its group (docs/scoring.md).
+       Only until its group is settled, it is its score. Those worth more than zero count, the best `top_k` of each
+       group; of equal ones the one with precedence is the better. Each group in which somebody earns gets the same part
+       of the round, and each submission its worth's part of its group's (`weights_of`).
+    2. `burn_rate` of the round goes to the burn target; all of it when nobody is worth anything (`with_burn`).
     3. The shares are averaged with those of the round before: alpha * new + (1 - alpha) * old (`smooth`).
     4. When they are sent, a hotkey that is not registered any more gives its share to the burn target; no miner gets
        more than the subnet's limit, the rest goes to the burn target; and where the subnet wants one weight more than
@@ -54,7 +56,13 @@ class ScoredResult(Protocol):
     @property
     def status(self) -> str: ...
     @property
+    def expert_group(self) -> int: ...
+    @property
     def score(self) -> float | None: ...
+    @property
+    def pay(self) -> float | None:
+        """What it contributes; None until its group is settled."""
+
     @property
     def precedence(self) -> float:
         """When the submission counts as made, in seconds; the earlier wins."""
@@ -85,16 +93,19 @@ class WeightLimits(NamedTuple):
 
 
 def weights_of(results: Iterable[ScoredResult], top_k: int) -> dict[str, float]:
-    """Hotkey -> weight, the best first; empty when nobody scored above zero."""
-    positive = [
-        (result.hotkey, result.score, result.precedence)
-        for result in results
-        if result.status == "scored" and result.score is not None and math.isfinite(result.score) and result.score > 0
-    ]
-    positive.sort(key=lambda one: (-one[1], one[2], one[0]))
-    best = positive[:top_k]
-    # Dividing by the largest first keeps the sum finite, whatever the scores' unit.
-    return _normal({hotkey: score / best[0][1] for hotkey, score, _ in best})
+    """Hotkey -> weight, the best first; empty when nobody is worth anything."""
+    groups: dict[int, list[tuple[float, float, str]]] = {}
+    for result in results:
+        worth = result.score if result.pay is None else result.pay
+        if result.status == "scored" and worth is not None and math.isfinite(worth) and worth > 0:
+            groups.setdefault(result.expert_group, []).append((-worth, result.precedence, result.hotkey))
+    shares: list[tuple[float, float, str]] = []
+    for group in groups.values():
+        best = sorted(group)[:top_k]
+        # Dividing by the largest first keeps the sum finite, whatever the unit.
+        inside = _normal({hotkey: worth / best[0][0] for worth, _, hotkey in best})
+        shares += [(-inside[hotkey], at, hotkey) for _, at, hotkey in best if hotkey in inside]
+    return _normal({hotkey: -share for share, _, hotkey in sorted(shares)})
 
 
 def with_burn(shares: Mapping[str, float], target: str | None, rate: float) -> dict[str, float]:

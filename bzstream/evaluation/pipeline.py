@@ -5,6 +5,7 @@
 
 A submission is fetched as soon as it is queued, because its miner may go away and because the time of the fetch counts;
 it is scored once the hash of the first block after the submit phase is known, in the order of rounds and precedence.
+Once every submission of a round's group is final, the group is settled: what each of them earns is written.
 While one is scored the next is staged, and those after it are fetched and verified.
 
 The ledger is the only memory. The pipeline holds tasks under leases that are renewed four times as often as they run
@@ -45,6 +46,7 @@ from bzstream.evaluation.duplicates import is_duplicate, reject_copies
 from bzstream.evaluation.fetching import CancelledFetch
 from bzstream.evaluation.records import Records
 from bzstream.evaluation.rejection_codes import EvaluationError, Failure, ModelClosed, Refusal
+from bzstream.evaluation.settlement import settle_group
 from bzstream.evaluation.stages import EvaluationTask, StageRunner
 from bzstream.evaluation.threads import WorkerThread, in_thread
 from bzstream.model import SnapshotCache
@@ -60,6 +62,10 @@ __all__ = ["Pipeline"]
 _T = TypeVar("_T")
 _VERIFIERS = 2
 """Files verified at once: reading runs at the speed of memory, so more would only take it from the model."""
+
+
+_SETTLE_S = 5.0
+"""How often the evaluator looks for groups to settle whose last submission another process ended."""
 
 
 class _LeaseLost(Exception):
@@ -81,6 +87,7 @@ class Pipeline:
         name: str,
     ) -> None:
         self._settings = settings.evaluation
+        self._scoring = settings.scoring
         self._cycle = Cycle.of(settings.chain)
         self._ledger = ledger
         self._records = records
@@ -100,6 +107,8 @@ class Pipeline:
         self._verifying = asyncio.Semaphore(_VERIFIERS)
         self._ready: list[EvaluationTask] = []
         self._ready_changed = asyncio.Event()
+        self._finished = asyncio.Event()
+        """Something ended since the settling loop looked last."""
         self._staged: asyncio.Queue[EvaluationTask] = asyncio.Queue(1)
         # The model
         self._model_thread = WorkerThread("model")
@@ -108,11 +117,16 @@ class Pipeline:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Evaluate until `stop` is set; jobs in hand are then given back. Raises EvaluationError, see above."""
-        await self._call(self._settle_latest)
-        loops = [
-            asyncio.create_task(loop())
-            for loop in (self._claim_loop, self._renew_loop, self._chain_loop, self._staging_loop, self._scoring_loop)
-        ]
+        await self._call(self._reject_latest_copies)
+        every = (
+            self._claim_loop,
+            self._renew_loop,
+            self._chain_loop,
+            self._staging_loop,
+            self._scoring_loop,
+            self._settling_loop,
+        )
+        loops = [asyncio.create_task(loop()) for loop in every]
         stopped = asyncio.create_task(stop.wait())
         try:
             await asyncio.wait([stopped, *loops], return_when=asyncio.FIRST_COMPLETED)
@@ -226,6 +240,7 @@ class Pipeline:
 
     def _forget(self, task: EvaluationTask) -> None:
         self._active.discard(task)
+        self._finished.set()
         task.unstage()
         task.entry.release()
 
@@ -352,18 +367,18 @@ class Pipeline:
         )
         scored = await self._bounded(self._model_thread.run(scoring))
         found = scored.evaluation
-        await self._call(partial(self._records.write, found, scored.sketch))
+        await self._call(partial(self._records.write, found, scored.sketch, scored.gains))
         await self._advance(task, "scored", baseline_loss=found.baseline_loss, loss=found.loss, score=found.score)
         seconds = round(found.seconds["total"], 3)
         self._log.info("scored", submission=task.id, group=found.group, score=found.score, seconds=seconds)
         distance = self._settings.copy_distance
-        settle = partial(reject_copies, self._ledger, self._records, record.round, found.group, distance)
-        for copy, original in await self._call(settle):
+        reject = partial(reject_copies, self._ledger, self._records, record.round, found.group, distance)
+        for copy, original in await self._call(reject):
             self._log.info("rejected", submission=copy, code="duplicate_weights", of=original)
         self._forget(task)
 
-    def _settle_latest(self) -> None:
-        """Settle the copies of the latest round: an evaluator may have died between a score and that. Blocking."""
+    def _reject_latest_copies(self) -> None:
+        """Reject the copies of the latest round: an evaluator may have died between a score and that. Blocking."""
         latest = self._ledger.scores()
         if latest is None:
             return
@@ -376,6 +391,24 @@ class Pipeline:
             return await asyncio.wait_for(scoring, 2 * self._settings.score_timeout_s)
         except TimeoutError:
             raise Failure("device_error", "the model does not come back from a batch") from None
+
+    async def _settling_loop(self) -> None:
+        """Settle each group of a round once nobody works on it any more, whoever finished its last submission."""
+        while True:
+            self._finished.clear()
+            chain = self._chain
+            if chain is not None:
+                since = self._cycle.round(chain.block) - 2 * self._cycle.length
+                for round_, group in await self._call(partial(self._ledger.unsettled, since)):
+                    if self._cycle.seed_block(round_) not in chain.hashes:
+                        continue  # more may come
+                    share = self._scoring.independent_share
+                    work = partial(settle_group, self._ledger, self._records, round_, group, share)
+                    paid = {pay.submission_id: round(pay.pay, 6) for pay in await self._call(work)}
+                    self._log.info("settled", round=round_, group=group, pay=paid)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_SETTLE_S):
+                    await self._finished.wait()
 
     # ---- Outcomes -------------------------------------------------------------------------------------------------
 

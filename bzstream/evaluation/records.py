@@ -8,11 +8,13 @@ that evaluates the submission writes the same numbers.
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 from msgspec import Struct
+from numpy.typing import NDArray
 
 from bzstream.submissions.ledger import Ledger
 from bzstream.submissions.types import EvaluationRow
@@ -63,8 +65,13 @@ class Records:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
 
-    def write(self, evaluation: Evaluation, sketch: tuple[float, ...]) -> None:
-        """Keep the evaluation of a submission, in place of an earlier one of it."""
+    def write(
+        self, evaluation: Evaluation, sketch: tuple[float, ...], gains: NDArray[np.float16] | None = None
+    ) -> None:
+        """Keep the evaluation of a submission, in place of an earlier one of it.
+
+        `gains`: [steps, windows, tokens]; None when it did not pass the floor, and so earns nothing.
+        """
         assert evaluation.submission_id is not None
         assert evaluation.round is not None
         self._ledger.write_evaluation(
@@ -74,6 +81,7 @@ class Records:
                 expert_group=evaluation.group,
                 weights=evaluation.weights,
                 sketch=pack_sketch(sketch),
+                gains=b"" if gains is None else _pack_array(gains),
                 record=msgspec.json.encode(evaluation).decode(),
             )
         )
@@ -87,6 +95,26 @@ class Records:
         """Submission id -> (weights, sketch) of all that were evaluated in a round for a group."""
         rows = self._ledger.evaluations(round_, group)
         return {row.submission_id: (row.weights, unpack_sketch(row.sketch)) for row in rows}
+
+    def gains(self, round_: int, group: int) -> dict[str, NDArray[np.float32] | None]:
+        """Submission id -> its gains, of all that were evaluated in a round for a group; None: below the floor.
+
+        What is missing was evaluated by an older bzstream, or its gains were deleted after its round was settled.
+        """
+        packed = self._ledger.gains(round_, group)
+        return {name: _unpack_array(raw) if raw else None for name, raw in packed.items()}
+
+
+def _pack_array(array: NDArray[np.float16]) -> bytes:
+    """An array in the .npy format, which tells its shape."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
+
+
+def _unpack_array(raw: bytes) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = np.load(io.BytesIO(raw), allow_pickle=False).astype(np.float32)
+    return array
 
 
 def pack_sketch(sketch: Sequence[float]) -> str:

@@ -166,7 +166,7 @@ def reject_all(connection: Connection, rejections: Sequence[tuple[str, str]]) ->
     statement = (
         update(submissions)
         .where(_table.submission_id == bindparam("id"), _table.status.in_(finished))
-        .values(status="rejected", reason=bindparam("because"), score=0.0, finished_at=db_now())
+        .values(status="rejected", reason=bindparam("because"), score=0.0, pay=None, finished_at=db_now())
     )
     return [bool(connection.execute(statement, {"id": i, "because": why}).rowcount) for i, why in rejections]
 

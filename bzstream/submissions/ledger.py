@@ -44,6 +44,7 @@ from bzstream.submissions.leases import (
     renew_all,
     row_of,
 )
+from bzstream.submissions.pay import gains_of, unsettled_groups, write_pays
 from bzstream.submissions.schema import (
     LedgerError,
     chain_state,
@@ -56,7 +57,15 @@ from bzstream.submissions.schema import (
     submissions,
 )
 from bzstream.submissions.states import UNFINISHED, Status, may_follow
-from bzstream.submissions.types import AdmissionResult, Candidate, EvaluationRow, Job, RoundScores, SubmissionRow
+from bzstream.submissions.types import (
+    AdmissionResult,
+    Candidate,
+    EvaluationRow,
+    GroupPay,
+    Job,
+    RoundScores,
+    SubmissionRow,
+)
 from bzstream.submissions.writer import LedgerWriter
 
 __all__ = ["AsyncLedger", "LeaseLost", "Ledger", "LedgerError", "LedgerUnavailable"]
@@ -204,14 +213,29 @@ class Ledger(_LedgerBase):
         self._writer.call(_write_evaluations, row)
 
     def evaluation(self, submission_id: str) -> EvaluationRow | None:
-        """The evaluation of a submission."""
+        """The evaluation of a submission, without its `gains`."""
         rows = self._read(lambda connection: _evaluations(connection, _evaluation.submission_id == submission_id))
         return rows[0] if rows else None
 
     def evaluations(self, round_: int, group: int) -> list[EvaluationRow]:
-        """All evaluations of a round for a group, each without its `record`, which is long."""
+        """All evaluations of a round for a group, each without its `record` and `gains`, which are long."""
         chosen = (_evaluation.round == round_, _evaluation.expert_group == group)
         return self._read(lambda connection: _evaluations(connection, *chosen, record=False))
+
+    def gains(self, round_: int, group: int) -> dict[str, bytes]:
+        """Submission id -> the gains of its evaluation (`EvaluationRow`), of a round's for a group that are kept."""
+        return self._read(lambda connection: gains_of(connection, round_, group))
+
+    def unsettled(self, since: int) -> list[tuple[int, int]]:
+        """(round, group) that no evaluator works on any more and whose pay is not written; rounds from `since` on."""
+        return self._read(lambda connection: unsettled_groups(connection, since))
+
+    def write_pay(self, pay: GroupPay) -> None:
+        """Keep what a group's submissions earned, where their status is still the one given.
+
+        Deletes the gains of earlier rounds, except of what was scored and has no pay yet.
+        """
+        self._writer.call(write_pays, pay)
 
     def round_base(self, round_: int) -> str | None:
         """The model version that a round is scored against; None when the chain role has not noted it."""
@@ -339,9 +363,10 @@ def _write_round_weights(connection: Connection, written: Sequence[RoundWeights]
 
 
 def _evaluations(connection: Connection, *chosen: ColumnElement[bool], record: bool = True) -> list[EvaluationRow]:
-    columns = [_evaluation[name] for name in EvaluationRow.__dataclass_fields__ if record or name != "record"]
+    left_out = {"gains"} if record else {"gains", "record"}
+    columns = [_evaluation[name] for name in EvaluationRow.__dataclass_fields__ if name not in left_out]
     rows = connection.execute(select(*columns).where(*chosen))
-    return [EvaluationRow(**{"record": "", **row._mapping}) for row in rows]
+    return [EvaluationRow(**{"record": "", "gains": b"", **row._mapping}) for row in rows]
 
 
 def _write_evaluations(connection: Connection, rows: Sequence[EvaluationRow]) -> Sequence[None]:

@@ -17,6 +17,7 @@ from sqlalchemy import (
     Float,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     Table,
     Text,
@@ -101,6 +102,7 @@ submissions = Table(
     Column("baseline_loss", Float(53)),
     Column("loss", Float(53)),
     Column("score", Float(53)),
+    Column("pay", Float(53)),
     Column("attempts", Integer, nullable=False),
     Column("committed_block", BigInteger),  # of a commitment on the chain to the file that was fetched
     Column("worker", Text),
@@ -173,6 +175,7 @@ evaluations = Table(
     Column("weights", Text, nullable=False),
     Column("sketch", Text, nullable=False),
     Column("record", Text, nullable=False),  # JSON: the whole evaluation
+    Column("gains", LargeBinary),  # of each token; deleted once a later round is settled
     Index("evaluations_of_a_round", "round", "expert_group"),
 )
 
@@ -200,12 +203,33 @@ def _round_weights(connection: Connection) -> None:
 
 def _commitments(connection: Connection) -> None:
     commitments.create(connection)
-    columns = {column["name"] for column in inspect(connection).get_columns(submissions.name)}
-    if "committed_block" not in columns:  # a new ledger's table has it from the start
-        connection.execute(text("ALTER TABLE submissions ADD COLUMN committed_block BIGINT"))
+    _add_column(connection, submissions.c.committed_block)
 
 
-MIGRATIONS: Sequence[Callable[[Connection], None]] = (_first, _evaluations, _round_bases, _round_weights, _commitments)
+def _pay(connection: Connection) -> None:
+    _add_column(connection, submissions.c.pay)
+    _add_column(connection, evaluations.c.gains)
+    # Until now a submission earned its score.
+    finished = submissions.c.status.in_(("scored", "rejected"))
+    connection.execute(update(submissions).where(finished).values(pay=submissions.c.score))
+
+
+def _add_column(connection: Connection, column: Column[Any]) -> None:
+    """Add a column that may be NULL to an old ledger's table; a new ledger's table has it from the start."""
+    table = column.table.name
+    if column.name not in {held["name"] for held in inspect(connection).get_columns(table)}:
+        type_ = column.type.compile(connection.dialect)
+        connection.execute(text(f"ALTER TABLE {table} ADD COLUMN {column.name} {type_}"))
+
+
+MIGRATIONS: Sequence[Callable[[Connection], None]] = (
+    _first,
+    _evaluations,
+    _round_bases,
+    _round_weights,
+    _commitments,
+    _pay,
+)
 
 
 def migrate(connection: Connection, migrations: Sequence[Callable[[Connection], None]] = MIGRATIONS) -> None:

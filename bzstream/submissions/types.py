@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bzstream.submissions.states import FINAL, Status
@@ -14,6 +15,7 @@ __all__ = [
     "Candidate",
     "Duplicate",
     "EvaluationRow",
+    "GroupPay",
     "Job",
     "LimitReached",
     "RoundScores",
@@ -118,6 +120,9 @@ class SubmissionRow:
     baseline_loss: float | None
     loss: float | None
     score: float | None
+    """The own improvement."""
+    pay: float | None
+    """What it contributes to its round, in the score's unit; None until its group is settled."""
     attempts: int
     committed_block: int | None
     """The block of a commitment on the chain to the file that was fetched."""
@@ -157,6 +162,17 @@ class EvaluationRow:
     sketch: str
     record: str
     """JSON: the whole evaluation."""
+    gains: bytes
+    """Gains of each token; empty when there are none to pay."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPay:
+    """What the submissions of one group earned in one round."""
+
+    round: int
+    pays: Mapping[str, tuple[Status, float]]
+    """Submission id -> (the status it was settled with, pay)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,5 +185,7 @@ class RoundScores:
 
     @property
     def unfinished(self) -> int:
-        """Submissions that an evaluator has still to work on."""
-        return sum(result.status not in FINAL for result in self.results)
+        """Submissions that an evaluator has still to work on: to score, or to settle what they earn."""
+        return sum(
+            result.status not in FINAL or (result.status == "scored" and result.pay is None) for result in self.results
+        )

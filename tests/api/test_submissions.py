@@ -509,6 +509,7 @@ def test_submissions_that_do_not_exist(desk: Desk) -> None:
 def test_scores(place: Path) -> None:
     """A round without results is nobody's latest; what is superseded is not listed."""
     from bzstream.submissions.ledger import Ledger
+    from bzstream.submissions.types import GroupPay
 
     where = str(place / "ledger.sqlite")
     with running_node(place, "--ledger", where) as node:
@@ -528,12 +529,14 @@ def test_scores(place: Path) -> None:
         job = ledger.advance(job, "evaluating", model_version="step_1000")
         ledger.advance(job, "scored", baseline_loss=2.5, loss=2.25, score=0.25)
         ledger.advance(jobs[ids[1]], "rejected", reason="not_a_checkpoint")
+        assert [row["pay"] for row in desk.get("/scores").json["results"]] == [None, None]
+        ledger.write_pay(GroupPay(12520, {ids[0]: ("scored", 0.125), ids[1]: ("rejected", 0.0)}))
         ledger.close()
         rows: list[dict[str, Any]] = [
             {"hotkey": key.ss58_address, "expert_group": 2, "submission_id": ids[0], "status": "scored", "reason": None}
-            | {"score": 0.25},
+            | {"score": 0.25, "pay": 0.125},
             {"hotkey": other.ss58_address, "expert_group": 0, "submission_id": ids[1], "status": "rejected"}
-            | {"reason": "not_a_checkpoint", "score": 0.0},
+            | {"reason": "not_a_checkpoint", "score": 0.0, "pay": 0.0},
         ]
         wanted = {"round": 12520, "model_version": "step_1000", "results": rows}
         assert desk.get("/scores").json == wanted

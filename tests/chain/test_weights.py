@@ -44,11 +44,15 @@ class Result:
     status: str = "scored"
     score: float | None = 1.0
     precedence: float = 0.0
+    pay: float | None = None
+    expert_group: int = 0
 
 
 SCORES = st.none() | st.floats() | st.just(0.5)
 RESULTS = st.lists(
-    st.builds(Result, st.uuids().map(str), st.sampled_from(["scored", "rejected", "failed"]), SCORES, st.floats(0, 9)),
+    st.builds(
+        Result, st.uuids().map(str), st.sampled_from(["scored", "rejected", "failed"]), SCORES, st.floats(0, 9), SCORES
+    ),
     max_size=12,
 )
 SHARES = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(1e-3, 1), min_size=1).map(
@@ -62,9 +66,11 @@ def test_weights_are_positive_few_and_sum_to_one(results: list[Result], top_k: i
     assert len(weights) <= top_k
     assert all(weight > 0 for weight in weights.values())
     assert not weights or math.isclose(sum(weights.values()), 1)
-    scores = {result.hotkey: result.score for result in results if result.status == "scored"}
+    scored = {result.hotkey: result for result in results if result.status == "scored"}
     for hotkey in weights:
-        assert scores[hotkey] is not None
+        worth = scored[hotkey].score if scored[hotkey].pay is None else scored[hotkey].pay
+        assert worth is not None
+        assert worth > 0
     assert list(weights.values()) == sorted(weights.values(), reverse=True)
     assert weights_of(list(reversed(results)), top_k) == weights
 
@@ -81,6 +87,20 @@ def test_the_rule_by_example() -> None:
     assert weights_of(results, 64) == {"best": 0.5, "early": 0.25, "late": 0.25}
     assert weights_of(results, 2) == {"best": 2 / 3, "early": 1 / 3}
     assert weights_of([], 64) == {}
+
+
+def test_pay_counts_once_there_is_one_and_groups_are_paid_alike() -> None:
+    results = [
+        Result("first", score=4.0, pay=3.0),
+        Result("other", score=4.0, pay=1.0),
+        Result("clone", score=9.0, pay=0.0),
+        Result("small", score=0.01, pay=0.01, expert_group=7),
+        Result("nobody", score=5.0, pay=0.0, expert_group=8),
+        Result("copy", "rejected", 8.0, pay=8.0, expert_group=9),
+    ]
+    assert weights_of(results, 64) == pytest.approx({"small": 0.5, "first": 0.375, "other": 0.125})
+    assert weights_of(results, 1) == {"first": 0.5, "small": 0.5}
+    assert with_burn(weights_of([Result("nobody", pay=0.0)], 64), "x", 0.0) == {"x": 1.0}
 
 
 def test_burning_by_example() -> None:

@@ -22,6 +22,7 @@ from bzstream.chain.weights import RoundWeights
 from bzstream.cli import command_line
 from bzstream.config import ChainSettings
 from bzstream.submissions.ledger import AsyncLedger, Ledger
+from bzstream.submissions.types import GroupPay
 from tests.chain.node import FakeNode
 from tests.chain.subtensor import NETUID, PoolError
 from tests.submissions.values import HOTKEYS, ROUND, accepted, candidate, in_loop
@@ -39,12 +40,13 @@ def caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def scored_round(ledger: Ledger, scores: dict[str, float], round_: int = ROUND) -> None:
-    """A finished round: each hotkey's submission with its score."""
+    """A finished round: each hotkey's submission with its score, which is also its pay."""
     for hotkey in scores:
         accepted(ledger.accept(candidate(hotkey, round_ + 10, round_=round_)))
     for job in ledger.claim("evaluator", lease_s=60, limit=len(scores)):
         job = ledger.advance(ledger.advance(job, "verifying"), "evaluating")
-        ledger.advance(job, "scored", score=scores[job.record.hotkey], model_version="step_1000")
+        job = ledger.advance(job, "scored", score=scores[job.record.hotkey], model_version="step_1000")
+        ledger.write_pay(GroupPay(round_, {job.record.submission_id: ("scored", scores[job.record.hotkey])}))
 
 
 def subnet(node: FakeNode, *, commit_reveal: bool, block: int = DUE) -> None:

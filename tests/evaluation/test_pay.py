@@ -1,30 +1,22 @@
-"""Rule K: what submissions of one group earn. On gains made up here, and on files of the toy model."""
+"""Rule K: what submissions of one group earn, on gains made up here. Real files: test_settlement."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from functools import cache, partial
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 
-from bzstream.demo.toy_model import improve
-from bzstream.evaluation.reading.layout import check_layout
 from bzstream.evaluation.scoring.pay import GAIN_FLOOR, STEPS, Gains, Pay, lower_bound, settle
-from bzstream.evaluation.scoring.scorer import Scorer
-from tests.evaluation.conftest import Toy
 from tests.seeds import seeds
 
-WINDOWS, TOKENS = 64, 31
+WINDOWS, TOKENS = seeds(32, 64), 31
 RHO = 0.25
 
 
@@ -66,6 +58,7 @@ DISGUISE = st.tuples(st.floats(-9, 9), st.floats(0.5, 1.4), st.floats(0, 0.04), 
 """(when it was sent, the original at 0; how much of the change; noise; seed)"""
 
 
+@settings(max_examples=seeds(10, 100))
 @given(HONEST, st.lists(DISGUISE, min_size=1, max_size=seeds(8, 20)))
 def test_copies_and_their_original_earn_what_the_original_alone_would(work: int, disguises: list[Any]) -> None:
     original = gains("original", 0.0, works()[work])
@@ -75,7 +68,7 @@ def test_copies_and_their_original_earn_what_the_original_alone_would(work: int,
     ]
     alone = pays([original])["original"].pay
     together = pays([original, *copies])
-    assert alone > 10 * GAIN_FLOOR
+    assert alone > 3 * GAIN_FLOOR
     assert sum(pay.pay for pay in together.values()) <= 1.05 * alone
     assert all(pay.marginal >= 0 for pay in together.values()), "what adds nothing is paid nothing, not less"
     assert sum(not pay.copy_of for pay in together.values() if pay.eligible) == 1, "a copy passed as new"
@@ -102,7 +95,7 @@ def test_independent_work_is_no_copy_and_earns_its_share(order: list[int]) -> No
         assert pay.unexplained > 0.05
         alone = pays([gains("alone", 0.0, works()[order[int(pay.submission_id[-1])]])])["alone"]
         assert pay.pay >= RHO * alone.pay
-        assert alone.pay == alone.alone == pay.alone >= alone.own > 10 * GAIN_FLOOR
+        assert alone.pay == alone.alone == pay.alone >= alone.own > 3 * GAIN_FLOOR
 
 
 HOSTILE = st.sampled_from(["nan", "inf", "huge", "worse", "permuted", "zero", "minus infinity"])
@@ -177,86 +170,3 @@ def test_the_lower_bound_is_students(count: int, quantile: float) -> None:
     windows = np.linspace(-1.0, 1.0, count)
     expected = -quantile * windows.std(ddof=1) / math.sqrt(count)
     assert lower_bound(windows) == pytest.approx(expected, rel=0.02)
-
-
-# ---- The toy model: real files through the resident model ------------------------------------------------------------
-
-
-def positional_read(fd: int, length: int, offset: int) -> bytes:
-    return os.pread(fd, length, offset)
-
-
-class Measure:
-    """Per-token gains of files for group 1, on windows of the toy's text."""
-
-    def __init__(self, scorer: Scorer, toy: Toy, folder: Path) -> None:
-        self.scorer, self.folder = scorer, folder
-        starts = np.arange(32) * 3000
-        self.windows = torch.from_numpy(np.stack([np.load(toy.data)[s : s + 129] for s in starts]).astype(np.int64))
-        self.base = load_file(toy.store / "current" / "group-1.safetensors")
-        self.reference = self.log_probabilities()
-
-    def log_probabilities(self) -> NDArray[np.float64]:
-        """[windows, tokens]"""
-        with torch.inference_mode():
-            found = [self.scorer.model.logits(batch)[:, :-1].float() for batch in self.windows.split(8)]
-        logits, ids = torch.cat(found), self.windows[:, 1:, None]
-        return np.asarray(torch.log_softmax(logits, -1).gather(-1, ids)[..., 0].double().numpy())
-
-    def __call__(self, name: str, at: float, tensors: dict[str, torch.Tensor]) -> Gains:
-        model, steps = self.scorer.model, []
-        for step in STEPS:
-            moved = {n: (b.float() + step * (tensors[n].float() - b.float())).bfloat16() for n, b in self.base.items()}
-            path = self.folder / "moved.safetensors"
-            save_file(moved, path)
-            with path.open("rb") as file:
-                pread = partial(positional_read, file.fileno())
-                found = check_layout(pread, path.stat().st_size, model.baseline.group(1).specs)
-                staged = model.stage(file.fileno(), found, 1)
-            with model.swapped_in(staged):
-                steps.append(self.log_probabilities() - self.reference)
-            staged.close()
-        return Gains(name, at, np.stack(steps).astype(np.float32))
-
-
-def permuted(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same function: every expert's hidden units in another order."""
-    found = {}
-    for name, tensor in tensors.items():
-        if "gate_up_proj" in name:
-            gate, up = tensor.chunk(2, dim=1)
-            found[name] = torch.cat([gate.flip(1), up.flip(1)], dim=1)
-        else:
-            found[name] = tensor.flip(2)
-    return found
-
-
-def test_disguised_copies_of_a_real_file_earn_nothing_together(scorer: Scorer, toy: Toy, tmp_path: Path) -> None:
-    measure = Measure(scorer, toy, tmp_path)
-    a = load_file(toy.improved)
-    improve(toy.checkpoint, toy.store / "current" / "group-1.safetensors", tmp_path / "b.safetensors", steps=12, seed=9)
-    b = load_file(tmp_path / "b.safetensors")
-    torch.manual_seed(5)
-    change = {name: a[name].float() - base.float() for name, base in measure.base.items()}
-    size = {name: float(delta.std()) for name, delta in change.items()}
-    disguised = {
-        "half": {n: measure.base[n].float() + 0.6 * change[n] for n in a},
-        "permuted": permuted(a),
-        "noisy": {n: a[n].float() + 0.5 * size[n] * torch.randn(a[n].shape) for n in a},
-        "scaled": {n: measure.base[n].float() + 1.4 * change[n] for n in a},
-        "mixed": {n: 0.6 * a[n].float() + 0.4 * b[n].float() for n in a},
-    }
-    disguised = dict(list(disguised.items())[: seeds(3, 5)])
-    alone = measure("a", 0.0, a)
-    group = [alone, measure("b", 1.0, b)]
-    honest = pays(group)
-    assert all(pay.eligible and not pay.copy_of for pay in honest.values())
-    assert honest["b"].unexplained > 0.03
-    copies = [measure(name, 2.0 + i, tensors) for i, (name, tensors) in enumerate(disguised.items())]
-    found = pays([*group, *copies])
-    assert not found["permuted"].eligible, "half of a permuted change keeps nothing"
-    assert {name for name in disguised if found[name].copy_of} == disguised.keys() - {"permuted"}
-    assert sum(pay.pay for pay in found.values()) <= 1.05 * sum(pay.pay for pay in honest.values())
-    weakest = copies[0]._replace(precedence=-1.0)
-    assert sum(pay.pay for pay in pays([weakest, alone]).values()) <= 1.05 * honest["a"].pay, "the weakest sent first"
-    assert scorer.model.differing() == []

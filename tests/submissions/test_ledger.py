@@ -488,8 +488,12 @@ def test_the_base_of_a_round_is_written_once(ledger: Ledger, where: str) -> None
 
 
 def test_an_evaluation_is_kept_in_place_of_an_earlier_one(ledger: Ledger) -> None:
-    rows = [EvaluationRow("a", ROUND, 1, weights, "sketch", f"record of {weights}") for weights in ("old", "new")]
-    for row in (*rows, EvaluationRow("b", ROUND, 2, "other", "", ""), EvaluationRow("c", ROUND + 420, 1, "", "", "")):
+    rows = [EvaluationRow("a", ROUND, 1, weights, "sketch", f"record of {weights}", b"") for weights in ("old", "new")]
+    for row in (
+        *rows,
+        EvaluationRow("b", ROUND, 2, "other", "", "", b""),
+        EvaluationRow("c", ROUND + 420, 1, "", "", "", b""),
+    ):
         ledger.write_evaluation(row)
     assert ledger.evaluation("a") == rows[1]
     assert ledger.evaluation("d") is None

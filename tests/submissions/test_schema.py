@@ -70,3 +70,27 @@ def test_a_ledger_of_version_1_is_brought_up_with_all_that_it_holds(where: str, 
         indexes = {index["name"] for index in inspect(connection).get_indexes("evaluations")}
     assert "evaluations_of_a_round" in indexes
     database.close()
+
+
+def test_what_was_scored_before_there_was_pay_earns_its_score(where: str) -> None:
+    database = Database(where)
+    with database.write() as connection:
+        migrate(connection, MIGRATIONS[:5])
+        for table, column in (("submissions", "pay"), ("evaluations", "gains")):  # as version 5 had them
+            connection.execute(text(f"ALTER TABLE {table} DROP COLUMN {column}"))
+        insert_old = "INSERT INTO submissions (submission_id, hotkey, block_number, expert_group, checkpoint_url,"
+        insert_old += " signature, digest, round, status, received_at, attempts, score) VALUES"
+        for i, (status, score) in enumerate((("scored", 0.5), ("rejected", 0.0), ("queued", None))):
+            row = {"id": f"0000000{i}-0000-4000-8000-000000000000", "round": ROUND, "status": status, "score": score}
+            values = "(:id, :id, 1, 0, '', '', '', :round, :status, 1.0, 1, :score)"
+            connection.execute(text(f"{insert_old} {values}"), row)
+    assert version_of(database) == 5
+    ledger = Ledger.open(where)
+    scores = ledger.scores(ROUND)
+    assert scores is not None
+    assert [row.pay for row in scores.results] == [0.5, 0.0, None]
+    assert scores.unfinished == 1
+    assert ledger.gains(ROUND, 0) == {}
+    ledger.close()
+    assert version_of(database) == len(MIGRATIONS)
+    database.close()

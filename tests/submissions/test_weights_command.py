@@ -14,6 +14,7 @@ from bzstream.chain.weights import RoundWeights
 from bzstream.cli import command_line
 from bzstream.errors import BzstreamError
 from bzstream.submissions.ledger import Ledger
+from bzstream.submissions.types import GroupPay
 from tests.submissions.values import HOTKEYS, ROUND, accepted, candidate
 
 
@@ -32,7 +33,8 @@ def test_the_weights_of_the_latest_round_are_printed(tmp_path: Path) -> None:
         accepted(ledger.accept(candidate(hotkey)))
     for job, score in zip(ledger.claim("evaluator", lease_s=60, limit=2), (3.0, 1.0), strict=True):
         job = ledger.advance(ledger.advance(job, "verifying"), "evaluating")
-        ledger.advance(job, "scored", score=score, model_version="step_1000")
+        job = ledger.advance(job, "scored", score=9.0, model_version="step_1000")
+        ledger.write_pay(GroupPay(ROUND, {job.record.submission_id: ("scored", score)}))
     ledger.close()
     shown = json.loads(run("--ledger", str(file), "--json"))
     assert shown == {

@@ -11,7 +11,8 @@ If anything fails between the two exchanges (out of memory, a device error, canc
 bytes lie where; then the group is read again from the snapshot's files. If even that fails, `is_baseline` stays False
 and the owner of the model loads it anew.
 
-Memory: the model, two staging buffers (one swapped in, one being filled), one expert's row of scratch.
+Memory: the model, two staging buffers (one swapped in, one being filled), one expert's row of scratch, and, while other
+multiples of a submission's change are measured, a copy of its slice.
 All methods that touch parameters belong to one thread at a time; `stage` may run in another beside it.
 """
 
@@ -22,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -254,10 +256,13 @@ class ResidentModel:
     # ---- Swapping in and scoring ----------------------------------------------------------------------------------
 
     @contextmanager
-    def swapped_in(self, staged: Staged) -> Iterator[None]:
+    def swapped_in(self, staged: Staged) -> Iterator[Callable[[float], None]]:
         """The model has the submission's experts inside the block, and the baseline's before and after it.
 
-        When the block raises, `staged` cannot be used again: its buffer may hold either side's bytes.
+        Gives a function that replaces them by `baseline + step * (submission - baseline)`, worked out in float32, for a
+        step that is given. The staging buffer holds the baseline's bytes all the while, so the baseline comes back
+        exactly. From the first call on a copy of the submission's slice is held as well. After a call, or when the
+        block raises, `staged` cannot be used again: its buffer may hold either side's bytes.
         """
         if not self.is_baseline:
             raise Failure("internal_error", "the model is not the baseline; load it again")
@@ -266,7 +271,8 @@ class ResidentModel:
         try:
             with map_errors(), torch.inference_mode():
                 self._exchange(bindings, staged)
-                yield
+                submitted: list[torch.Tensor] = []
+                yield partial(self._move, bindings, staged, submitted)
                 self._exchange(bindings, staged)
                 if self._cuda:
                     torch.cuda.current_stream(self.device).synchronize()
@@ -297,18 +303,29 @@ class ResidentModel:
             region.copy_(theirs)
             theirs.copy_(kept)
 
+    def _move(self, bindings: Sequence[Binding], staged: Staged, submitted: list[torch.Tensor], step: float) -> None:
+        """While a submission is swapped in: `step` times its change. `submitted`: its weights; [] before the first."""
+        if not submitted:
+            submitted += [self._region(binding).clone() for binding in bindings]
+        for binding, whole in zip(bindings, submitted, strict=True):
+            view = staged.views[binding.tensor]
+            base = (view if binding.row is None else view[binding.row]).float()
+            self._region(binding).copy_(base + step * (whole.float() - base))
+
     def window_losses(
         self,
         windows: NDArray[np.int64],
         *,
         batch: int,
+        tokens_out: NDArray[np.float32] | None = None,
         deadline: float = float("inf"),
         cancelled: Callable[[], bool] = lambda: False,
     ) -> list[float]:
         """Each window's summed cross-entropy in float32, [windows, length] -> one number a window.
 
-        Ends early, with the number that is not finite as its last, when a batch has one. `deadline`: monotonic
-        seconds. Raises Failure `evaluation_timeout`, `out_of_memory`, `device_error`; InterruptedError on cancellation.
+        Ends early, with the number that is not finite as its last, when a batch has one. `tokens_out`: [windows,
+        length - 1], where to put each token's loss. `deadline`: monotonic seconds. Raises Failure `evaluation_timeout`,
+        `out_of_memory`, `device_error`; InterruptedError on cancellation.
         """
         losses: list[float] = []
         with map_errors(), torch.inference_mode():
@@ -319,10 +336,12 @@ class ResidentModel:
                     raise Failure("evaluation_timeout", "scoring took too long")
                 tokens = torch.from_numpy(windows[start : start + batch]).to(self.device)
                 logits = self.logits(tokens)
-                found = torch.stack(
-                    [_cross_entropy(row, ids) for row, ids in zip(logits, tokens, strict=True)]
-                ).tolist()
+                each = [_cross_entropy(row, ids) for row, ids in zip(logits, tokens, strict=True)]
+                # Summed in float64, window by window, so that the order of additions is always the same.
+                found = torch.stack([window.double().sum() for window in each]).tolist()
                 losses += found
+                if tokens_out is not None:
+                    tokens_out[start : start + len(each)] = torch.stack(each).cpu().numpy()
                 if not all(np.isfinite(found)):
                     return losses
         return losses
@@ -389,9 +408,8 @@ class ResidentModel:
 
 
 def _cross_entropy(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Summed loss of one window: float32 for each token, summed in float64."""
-    losses = torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
-    return losses.double().sum()
+    """The loss of each predicted token of one window, float32."""
+    return torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
 
 
 def _expert_dtype(baseline: BaselineModel) -> torch.dtype:

@@ -1,8 +1,9 @@
 """One submission, from a checked file to a score: the same code for the pipeline, for `evaluate FILE` and `--repeat`.
 
 The scorer owns the resident model and the data, and belongs to one thread; only `stage` may be called from another. It
-computes the baseline once for each seed and then, for each submission, puts it on, runs the same windows in the same
-batches through the same kernels, and takes it off.
+computes the baseline once for each seed and then, for each submission, swaps it in, runs the same windows in the same
+batches through the same kernels, and swaps it out. What passes the floor of `pay` is run twice more, with half and with
+double its change; what does not costs one run.
 """
 
 from __future__ import annotations
@@ -29,20 +30,26 @@ from bzstream.evaluation.rejection_codes import Failure, Refusal
 from bzstream.evaluation.scoring.data import Tokens, load_tokens
 from bzstream.evaluation.scoring.losses import choose_windows, mean_loss, score
 from bzstream.evaluation.scoring.module import prepare_torch
+from bzstream.evaluation.scoring.pay import GAIN_FLOOR, STEPS, lower_bound
 from bzstream.evaluation.scoring.resident_model import ResidentModel, Staged
 
 __all__ = ["ScoredSubmission", "Scorer", "versions"]
 
-_STEPS = ("baseline", "sketch", "swap_in", "loss", "swap_out")
+_STAGES = ("baseline", "sketch", "swap_in", "loss", "steps", "swap_out")
 """What takes the time of a score, in order."""
+GAIN_TOKENS = 8192
+"""Tokens of a round whose gains are kept, evenly spread over each window: 48 KiB a submission in float16. The rule of
+pay was measured with 8,128."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredSubmission:
-    """A scored submission: the record to keep, and the sketch that tells copies."""
+    """A scored submission: the record to keep, the sketch that tells copies, and the gains that pay is made of."""
 
     evaluation: Evaluation
     sketch: tuple[float, ...]
+    gains: NDArray[np.float16] | None
+    """[STEPS, windows, tokens], nats; None when the gain of the whole change is not above the floor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +62,8 @@ class _RoundData:
     tokens_hash: str
     baseline_windows: tuple[float, ...]
     baseline: float
+    baseline_tokens: NDArray[np.float32]
+    """[windows, window_tokens - 1]: loss of each predicted token."""
 
 
 class Scorer:
@@ -110,9 +119,20 @@ class Scorer:
             lap()
             sketch = self.model.sketch(staged, seed)
             lap()
-            with self.model.swapped_in(staged):
+            with self.model.swapped_in(staged) as move_to:
                 lap()
-                losses = self._losses(this.tokens, deadline, cancelled)
+                losses, tokens = self._losses(this.tokens, deadline, cancelled)
+                lap()
+                gains = _gains(this.baseline_tokens, tokens)
+                steps: NDArray[np.float16] | None = None
+                if lower_bound(gains.mean(axis=1, dtype=np.float64)) > GAIN_FLOOR:
+                    measured = {1.0: gains}
+                    for step in STEPS:
+                        if step not in measured:
+                            move_to(step)
+                            _, tokens = self._losses(this.tokens, deadline, cancelled)
+                            measured[step] = _gains(this.baseline_tokens, tokens)
+                    steps = np.stack([measured[step] for step in STEPS])
                 lap()
             lap()
         finally:
@@ -144,14 +164,20 @@ class Scorer:
             device=_device_name(self.model.device),
             threads=torch.get_num_threads(),
             versions=versions(),
-            seconds=dict(zip(_STEPS, (b - a for a, b in pairwise(times)), strict=True))
+            seconds=dict(zip(_STAGES, (b - a for a, b in pairwise(times)), strict=True))
             | {"total": times[-1] - (times[0] if began is None else began)},
         )
-        return ScoredSubmission(evaluation, sketch)
+        return ScoredSubmission(evaluation, sketch, steps)
 
-    def _losses(self, tokens: NDArray[np.int64], deadline: float, cancelled: Callable[[], bool]) -> list[float]:
-        batch = self.settings.batch
-        return self.model.window_losses(tokens, batch=batch, deadline=deadline, cancelled=cancelled)
+    def _losses(
+        self, tokens: NDArray[np.int64], deadline: float, cancelled: Callable[[], bool]
+    ) -> tuple[list[float], NDArray[np.float32]]:
+        """(summed loss of each window, loss of each predicted token: NaN in windows that were not reached)"""
+        each = np.full((len(tokens), tokens.shape[1] - 1), np.nan, np.float32)
+        found = self.model.window_losses(
+            tokens, batch=self.settings.batch, tokens_out=each, deadline=deadline, cancelled=cancelled
+        )
+        return found, each
 
     def _round_data(self, seed: str, deadline: float, cancelled: Callable[[], bool]) -> _RoundData:
         if self._round is None or self._round.seed != seed:
@@ -159,13 +185,22 @@ class Scorer:
             settings = self.settings
             starts = choose_windows(seed, len(self.tokens), count=settings.windows, length=settings.window_tokens)
             tokens = self.tokens.windows(starts, settings.window_tokens)
-            losses = self._losses(tokens, deadline, cancelled)
+            losses, each = self._losses(tokens, deadline, cancelled)
             baseline = mean_loss(losses, settings.window_tokens) if len(losses) == len(starts) else None
             if baseline is None:
                 raise Failure("baseline_not_finite", f"version {self.version} itself has a loss that is not finite")
             digest = hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
-            self._round = _RoundData(seed, tuple(starts), tokens, digest, tuple(losses), baseline)
+            self._round = _RoundData(seed, tuple(starts), tokens, digest, tuple(losses), baseline, each)
         return self._round
+
+
+def _gains(baseline: NDArray[np.float32], losses: NDArray[np.float32]) -> NDArray[np.float16]:
+    """[windows, tokens] of both -> [windows, at most GAIN_TOKENS / windows]: what is gained at tokens evenly spread."""
+    windows, tokens = baseline.shape
+    kept = np.linspace(0, tokens - 1, max(1, min(tokens, GAIN_TOKENS // windows))).round().astype(np.intp)
+    # What float16 cannot hold becomes infinite, and what is not finite earns nothing.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return (baseline[:, kept] - losses[:, kept]).astype(np.float16)
 
 
 def _tokens(settings: EvaluationSettings, vocabulary: int, cache: Path) -> Tokens:
