@@ -34,7 +34,7 @@ def settle_group(ledger: Ledger, records: Records, round_: int, group: int, inde
             continue
         tokens = measured.get(row.submission_id)
         if row.status == "scored" and tokens is not None:
-            alike.setdefault(tokens.shape, []).append(Gains(row.submission_id, row.precedence, tokens))
+            alike.setdefault(tokens.shape, []).append(Gains(row.submission_id, row.precedence, tokens, row.hotkey))
         else:
             unmeasured = row.status == "scored" and row.submission_id not in measured
             pays[row.submission_id] = (row.status, row.score or 0.0 if unmeasured else 0.0)

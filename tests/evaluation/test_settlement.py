@@ -188,7 +188,9 @@ def test_disguised_copies_earn_nothing_together_and_an_honest_miner_is_paid(sett
     other_alone = pays([settled.gains["independent"]])["independent"].pay
     for name, row in rows.items():
         share = settled.weights[name]
-        print(f"{name}: score {row.score:.4f}, pay {earned[name] / alone:.3f} of the original's, weight {share:.3f}")
+        print(
+            f"{name}: {row.status} {row.reason}, score {row.score:.4f}, pay {earned[name] / alone:.3f} of the original's, weight {share:.3f}"
+        )
     scored = [row for row in rows.values() if row.reason != "duplicate_weights"]  # what is too near to another
     assert {row.status for row in scored} == {"scored"}
     assert len(scored) >= 6

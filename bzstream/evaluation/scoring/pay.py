@@ -56,9 +56,10 @@ class Gains(NamedTuple):
 
     submission_id: str
     precedence: float
-    """Seconds since the epoch; the id decides between equal ones."""
+    """Seconds since the epoch; the hotkey decides between equal ones, which is the same for every validator."""
     tokens: NDArray[np.float32]
     """[STEPS, windows, tokens]: the gain of each true token in nats at each step."""
+    hotkey: str = ""
 
 
 class Pay(NamedTuple):
@@ -101,7 +102,7 @@ def settle(
     references = _References(len(group), group[0].tokens[_WHOLE].size if group else 0)
     accepted: NDArray[np.float64] | None = None
     found: list[Pay] = []
-    for each in sorted(group, key=lambda gains: (gains.precedence, gains.submission_id)):
+    for each in sorted(group, key=lambda gains: (gains.precedence, gains.hotkey, gains.submission_id)):
         gains = each.tokens.astype(np.float64)
         own, half_kept = lower_bound(gains[_WHOLE].mean(axis=1)), _half_kept(gains)
         if not (np.isfinite(gains).all() and own > floor and half_kept >= 0.5):
