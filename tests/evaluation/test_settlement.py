@@ -151,7 +151,8 @@ def sha256(file: Path) -> str:
 
 @pytest.fixture(scope="module")
 def base(toy: Toy) -> Weights:
-    return load_file(toy.store / "current" / "group-1.safetensors")
+    tensors: Weights = load_file(toy.store / "current" / "group-1.safetensors")
+    return tensors
 
 
 @pytest.fixture(scope="module")
@@ -187,10 +188,8 @@ def test_disguised_copies_earn_nothing_together_and_an_honest_miner_is_paid(sett
     alone = pays([settled.gains["original"]])["original"].pay
     other_alone = pays([settled.gains["independent"]])["independent"].pay
     for name, row in rows.items():
-        share = settled.weights[name]
-        print(
-            f"{name}: {row.status} {row.reason}, score {row.score:.4f}, pay {earned[name] / alone:.3f} of the original's, weight {share:.3f}"
-        )
+        times, share = earned[name] / alone, settled.weights[name]
+        print(f"{name}: {row.status} {row.reason}, score {row.score:.4f}, pay {times:.3f}, weight {share:.3f}")
     scored = [row for row in rows.values() if row.reason != "duplicate_weights"]  # what is too near to another
     assert {row.status for row in scored} == {"scored"}
     assert len(scored) >= 6
