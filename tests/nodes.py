@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,11 +17,11 @@ from typing import Any
 from bzstream.chain.keys import Key
 from bzstream.demo import running_node as demo
 from bzstream.demo.running_node import Response as Answer
-from bzstream.demo.running_node import RunningNode, free_port
+from bzstream.demo.running_node import RunningNode, clean_environment, free_port
 
 __all__ = [
     "BLOCK", "GROUPS", "TOKEN", "VERSION", "Answer", "Node", "answers", "child_processes", "eventually", "free_port",
-    "refused", "running_node", "write_chain",
+    "refused", "run_manual", "running_node", "write_chain",
 ]  # fmt: skip
 
 TOKEN = "test-" + "0123456789abcdef" * 2
@@ -49,6 +52,20 @@ class Node(RunningNode):
 def write_chain(folder: Path, validator: str, block: int = BLOCK, **more: object) -> None:
     """Replace the chain file atomically."""
     demo.write_chain(folder, block, validators=[validator], **more)
+
+
+def run_manual(script: str, folder: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a manual's shell commands in a folder, as a user does whose PATH holds the commands of this Python."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env={**clean_environment(), "PATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
 
 
 def eventually(condition: Callable[[], Any], what: str, seconds: float = DEADLINE_S) -> Any:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import msgspec
@@ -16,10 +13,9 @@ import pytest
 from bzstream.api.openapi import document
 from bzstream.chain.keys import Key
 from bzstream.config import Settings
-from bzstream.demo.running_node import clean_environment
 from bzstream.model import publish
 from tests.model import build
-from tests.nodes import GROUPS, running_node
+from tests.nodes import GROUPS, run_manual, running_node
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
@@ -123,16 +119,8 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
             "RECEIVER": validator.ss58_address,
             "VALIDATOR_KEY_FILE": "validator.key",
             "VALIDATOR_TOKEN": node.validator_token,
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         }
-        result = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", script],
-            cwd=place,
-            env={**clean_environment(), **values},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        result = run_manual(script, place, values)
     assert (result.returncode, result.stderr) == (0, "")
     return result.stdout.split(f"{END}\n")[:-1]
 

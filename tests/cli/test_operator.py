@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from bzstream.chain.keys import load_key
-from bzstream.demo.running_node import clean_environment
 from bzstream.model import publish
 from bzstream.model.versions import list_versions
 from tests.model.build import fused, write_checkpoint
+from tests.nodes import run_manual
 
 MANUAL = Path(__file__).parents[2] / "docs" / "operator.md"
 
@@ -27,10 +24,7 @@ def test_the_manuals_publication_roll_back_removal_and_signing(tmp_path: Path) -
     first, second = (next(block for block in blocks if word in block) for word in ("bzstream publish", "bzstream use"))
     script = (first + second).replace("/var/lib/bzstream", str(tmp_path / "store"))
     script = script.replace("wallet/hotkey", str(tmp_path / "key")).replace("--groups 16", "--groups 2")  # a toy
-    done = subprocess.run(
-        ["bash", "-e", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=180, check=False,
-        env={**clean_environment(), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-    )  # fmt: skip
+    done = run_manual(script, tmp_path, {})
     assert done.returncode == 0, done.stderr
     left = {each["version"]: each for each in list_versions(tmp_path / "store")}
     assert set(left) == {"step_900", "step_1000"}

@@ -17,7 +17,7 @@ import pytest
 
 from bzstream.model import publish
 from tests.client.node import HOTKEY
-from tests.nodes import BLOCK, GROUPS, VERSION, Node, eventually, running_node
+from tests.nodes import BLOCK, GROUPS, VERSION, Node, eventually, run_manual, running_node
 
 MANUAL = Path(__file__).parents[2] / "docs" / "miner.md"
 README = MANUAL.parents[1] / "README.md"
@@ -31,10 +31,8 @@ def commands(word: str) -> str:
 
 
 def bash(script: str, folder: Path, node: Node) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", "-e", "-c", script.replace("https://validator.example:8000", node.url)],
-        cwd=folder, env={**os.environ, "BZ_AUTH_TOKEN": node.token}, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    script = script.replace("https://validator.example:8000", node.url)
+    return run_manual(script, folder, {"BZ_AUTH_TOKEN": node.token})
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from tests.client.conftest import QUICK
 from tests.client.proxy import Proxy
 from tests.client.relay import Relay
 from tests.model import build
-from tests.nodes import TOKEN, Node, answers, eventually, running_node
+from tests.nodes import TOKEN, Node, answers, eventually, run_manual, running_node
 from tests.seeds import seeds
 
 SIGNER = Key.from_seed(b"\x77" * 32)
@@ -455,9 +455,6 @@ def test_the_sync_of_the_manual(peer: Peer, tmp_path: Path) -> None:
     ]
     script = script.replace("https://peer.example:8000", peer.node.url).replace("/var/lib/bzstream", "store")
     environment = {"BZ_AUTH_TOKEN": peer.node.validator_token, "HOTKEY": peer.node.validator.ss58_address}
-    done = subprocess.run(
-        ["bash", "-e", "-c", script], cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
+    done = run_manual(script, tmp_path, environment)
     assert done.returncode == 0, done.stderr
     assert Store(tmp_path / "store").current() == "one"

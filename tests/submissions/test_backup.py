@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from bzstream.demo.running_node import clean_environment
 from bzstream.model import publish
 from bzstream.submissions.ledger import Ledger
 from tests.model.build import fused, write_checkpoint
-from tests.nodes import BLOCK, GROUPS, VERSION, running_node
+from tests.nodes import BLOCK, GROUPS, VERSION, run_manual, running_node
 from tests.submissions.test_processes import miners, rows
 from tests.submissions.values import HOTKEYS, accepted, candidate
 
@@ -81,11 +80,7 @@ def test_the_manuals_backup_and_restore(tmp_path: Path) -> None:
 
     def bash(script: str) -> None:
         script = script.replace("/var/lib/bzstream", str(store)).replace("/var/backups", str(tmp_path / "backups"))
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        done = subprocess.run(
-            ["bash", "-e", "-c", script], env={**clean_environment(), "PATH": path},
-            capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
+        done = run_manual(script, tmp_path, {})
         assert (done.returncode, done.stderr) == (0, "")
 
     with running_node(tmp_path) as node:
